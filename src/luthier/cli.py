@@ -1,0 +1,152 @@
+"""The command line: parse, call, print."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from luthier.errors import Interrupted, UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Fit one language model to many tasks, and see the evidence for every choice.",
+)
+console = Console(highlight=False)
+
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a setting: training.epochs=2. May be repeated.")
+]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    out: Annotated[Path | None, typer.Option(help="The run directory; default: runs/<name of the recipe>.")] = None,
+    set_: Changes = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped or killed.")] = False,
+) -> None:
+    """Is prompting enough, and if not, which tuning? Train, score and compare; writes report.html."""
+    from luthier.report.table import print_report
+    from luthier.run import run as run_recipe
+
+    target = out or Path("runs") / recipe.stem
+    report = run_recipe(_load(recipe, set_), target, resume=resume)
+    print_report(report, console)
+    console.print(f"report: {target / 'report.html'}   (numbers: {target / 'report.json'})")
+
+
+@app.command()
+def preview(
+    recipe: RecipeFile,
+    rows: Annotated[int, typer.Option(min=1, help="How many training rows to show.")] = 3,
+    set_: Changes = None,
+) -> None:
+    """Is my data sound? Show training rows as the model reads them, the trained tokens coloured."""
+    from luthier.preview import preview as preview_rows
+
+    for row in preview_rows(_load(recipe, set_), rows):
+        cut = f", {row.cut} cut from its middle" if row.cut else ""
+        console.rule(f"{row.id}: prompt {row.prompt_tokens} tokens{cut}, trained {len(row.trained)}")
+        marked = "".join(
+            f"[black on {'green' if place % 2 else 'bright_green'}]{escape(_visible(piece))}[/]"
+            for place, piece in enumerate(row.trained)
+        )
+        console.print(f"[dim]{escape(row.prompt)}[/dim]{marked}", soft_wrap=True)
+    console.print("\n[dim]dim: prompt, read only[/dim]   [black on green]green: trained[/], token by token")
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    text: Annotated[str | None, typer.Argument(help="The text to answer.")] = None,
+    tuning: Annotated[str | None, typer.Option(help="A tuning of the run; without it the base answers.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Answer every line of this file (JSON strings, or plain).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write JSON lines {text, answer} here.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="The text is the whole prompt; use no template.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: the task's.")] = None,
+) -> None:
+    """Use it: answer texts with a saved tuning."""
+    from luthier.files import write_whole
+    from luthier.session import Session
+
+    if (text is None) == (file is None):
+        raise UserError("Give either a text or --file FILE.")
+    texts = [text] if text is not None else _lines(file or Path())
+    answers = Session(run).generate(texts, tuning, raw=raw, max_new_tokens=max_new_tokens)
+    if out:
+        pairs = zip(texts, answers, strict=True)
+        lines = [json.dumps({"text": one, "answer": said}, ensure_ascii=False) + "\n" for one, said in pairs]
+        write_whole(out, "".join(lines).encode())
+    else:
+        print("\n".join(answers))
+
+
+@app.command()
+def schema(
+    what: Annotated[str, typer.Argument(help="recipe or report.")] = "recipe",
+) -> None:
+    """Print the JSON schema of a recipe (for editors) or of report.json."""
+    from luthier.recipe import recipe_schema
+    from luthier.report.schema import report_schema
+
+    if what not in ("recipe", "report"):
+        raise UserError(f"There is no schema of {what!r}. Allowed: recipe, report.")
+    print(json.dumps(recipe_schema() if what == "recipe" else report_schema(), indent=2))
+
+
+def _load(path: Path, changes: list[str] | None):  # type: ignore[no-untyped-def]
+    from luthier.recipe import load_recipe
+
+    # `data` on the command line is relative to where the command was given.
+    placed = [
+        f"data={Path(change.removeprefix('data=')).expanduser().absolute()}" if change.startswith("data=") else change
+        for change in changes or []
+    ]
+    return load_recipe(path, placed)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} could not be read: {error}.") from None
+    texts = []
+    for line in filter(str.strip, content.splitlines()):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            value = line
+        texts.append(value if isinstance(value, str) else line)
+    if not texts:
+        raise UserError(f"{path} holds no text.")
+    return texts
+
+
+def _visible(piece: str) -> str:
+    return piece.replace("\n", "\u23ce\n")
+
+
+def main() -> None:
+    """Entry point: user errors end with one message and code 2, a stopped run with code 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(f"stopped: {stop} Continue with --resume.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

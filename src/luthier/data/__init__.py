@@ -1,0 +1,1 @@
+"""From outside files to prompts and completions: text only, no torch."""

@@ -1,0 +1,157 @@
+"""Task: rows + template + metrics + splits; and the examples it yields."""
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Discriminator, Tag
+
+from luthier.data.source import Row, Source, read_rows
+from luthier.data.template import Template, choices_of
+from luthier.errors import UserError
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def _as_source(given: Any) -> Any:
+    return {"path": given} if isinstance(given, str) else given
+
+
+def _kind(given: Any) -> str:
+    return "file" if isinstance(given, (str, dict, Source)) else "share"
+
+
+# In a recipe a file may be written as its path alone.
+File = Annotated[Source, BeforeValidator(_as_source)]
+FileOrShare = Annotated[Annotated[File, Tag("file")] | Annotated[float, Tag("share")], Discriminator(_kind)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to learn and how to judge it.
+
+    A split is a file (`path`, or `{path, columns, limit}`) or, for validation and test, a share
+    (0.1) or a number (50) of the training rows, drawn once with the recipe's seed. `references`
+    names columns that hold the human answers; without it the completion is the reference.
+    `choices` (a list, or Jinja with ``|||``) makes it a classification: the model's most probable
+    choice is its answer.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    template: str
+    train: File | None = None
+    validation: FileOrShare = 0.1
+    test: FileOrShare = 0.1
+    name: str = "task"
+    system: str | None = None
+    choices: str | list[str] | None = None
+    references: list[str] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for split in (self.validation, self.test):
+            if not isinstance(split, Source) and split < 0:
+                raise ValueError(f"a split of {split} rows or share is negative")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+
+    @property
+    def judged_by(self) -> list[str]:
+        """The metrics by name; ROUGE for free text and accuracy for choices unless the task says."""
+        return self.metrics or (["accuracy"] if self.choices else ["rouge1", "rouge2", "rougeL", "rougeLsum"])
+
+
+@dataclass(frozen=True)
+class Example:
+    """A rendered prompt/completion pair; `shots` are pairs shown inside the prompt."""
+
+    id: str
+    prompt: str
+    completion: str
+    references: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    system: str | None = None
+    shots: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A task's examples by split."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+
+def load_examples(task: Task, folder: Path, seed: int) -> Examples:
+    """Read, split and render a task.
+
+    Raises UserError for unreadable rows, a split without rows and a split whose targets are all empty.
+    """
+    template = Template(task.template)
+    rows = _split_rows(task, folder, seed)
+    examples = {split: [_render(task, template, row) for row in rows[split]] for split in SPLITS}
+    for split in SPLITS:
+        if examples[split] and not any(example.completion for example in examples[split]):
+            raise UserError(
+                f"All {len(examples[split])} targets of the {split} split of task {task.name!r} are empty "
+                f"(first row: {examples[split][0].id}). Check the part of the template after '|||'."
+            )
+    return Examples(**examples)
+
+
+def _split_rows(task: Task, folder: Path, seed: int) -> dict[Split, list[Row]]:
+    rows: dict[Split, list[Row]] = {"train": read_rows(task.train, folder) if task.train else []}
+    shares: list[tuple[Split, float]] = []
+    for split, given in (("validation", task.validation), ("test", task.test)):
+        if isinstance(given, Source):
+            rows[split] = read_rows(given, folder)  # type: ignore[index]
+        else:
+            shares.append((split, given))  # type: ignore[arg-type]
+    pool, total = list(rows["train"]), len(rows["train"])
+    if shares:
+        random.Random(f"split {seed}").shuffle(pool)
+    for split, share in shares:
+        size = round(share * total) if share < 1 else int(share)
+        if share and total and not size:
+            raise UserError(
+                f"A share of {share} of {total} training rows leaves no {split} rows for task {task.name!r}. "
+                f"Set `{split}` to a file, a number of rows or a larger share."
+            )
+        rows[split], pool = pool[:size], pool[size:]
+    if shares:
+        kept = {id(row) for row in pool}
+        rows["train"] = [row for row in rows["train"] if id(row) in kept]
+        if total and not rows["train"]:
+            raise UserError(
+                f"The validation and test splits take all {total} rows of {task.name!r}: no row is left to train on."
+            )
+    return rows
+
+
+def _render(task: Task, template: Template, row: Row) -> Example:
+    rendered = template.render(row.values, row.id)
+    if rendered.completion is None:
+        raise UserError(
+            f"{row.id}: the template has no completion. Write `prompt ||| completion`, for example "
+            "`Summarise: {{ dialogue }} ||| {{ summary }}`."
+        )
+    missing = [column for column in task.references if column not in row.values]
+    references = tuple(str(row.values[column]) for column in task.references if column in row.values)
+    if missing and references:
+        raise UserError(f"{row.id} has no column {missing[0]!r} (asked for by `references`).")
+    choices = choices_of(task.choices, row.values, row.id)
+    if choices and rendered.completion not in choices:
+        raise UserError(f"{row.id}: the answer {rendered.completion!r} is not among the choices: {', '.join(choices)}.")
+    return Example(
+        id=row.id,
+        prompt=rendered.prompt,
+        completion=rendered.completion,
+        references=references or (rendered.completion,),
+        choices=choices,
+        system=task.system,
+    )

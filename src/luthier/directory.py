@@ -1,0 +1,165 @@
+"""The run directory: where everything one recipe produced lies, and how whole files get there."""
+
+import json
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from luthier.errors import UserError, nearest
+from luthier.files import write_json, write_whole
+from luthier.recipe import Recipe, differing_key, make_recipe, recipe_yaml
+
+BASELINE = "base"  # the stage that scores the untouched base on the retention tasks
+
+
+class RunDirectory:
+    """Paths and state of one run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe, resume: bool) -> "RunDirectory":
+        """Make a new run directory, or take up an unfinished one of the same recipe.
+
+        Raises UserError for a directory that exists without `resume`, for one of another recipe and for
+        one that cannot be written.
+        """
+        directory = cls(path)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; give another folder with --out.")
+        if path.is_dir() and any(path.iterdir()):
+            if not (path / "recipe.yaml").is_file():
+                raise UserError(f"The folder {path} exists and is no run. Give another one with --out.")
+            if not resume:
+                raise UserError(
+                    f"The run directory {path} already exists. Continue it with --resume, give another one with "
+                    "--out, or remove it."
+                )
+            saved = directory.recipe().model_dump(mode="json")
+            if key := differing_key(saved, recipe.model_dump(mode="json")):
+                raise UserError(
+                    f"The run in {path} was started with another recipe: '{key}' differs. Give another folder "
+                    "with --out, or resume with the same recipe."
+                )
+            return directory
+        write_whole(path / "recipe.yaml", recipe_yaml(recipe).encode())
+        write_json(path / "environment.json", environment())
+        return directory
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """Open an existing run; raises UserError where there is none."""
+        if not (path / "recipe.yaml").is_file():
+            raise UserError(f"{path} is no run directory: it holds no recipe.yaml.")
+        return cls(path)
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe of the run."""
+        file = self.path / "recipe.yaml"
+        return make_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), where=str(file))
+
+    def tuning(self, name: str) -> Path:
+        """Folder of a saved tuning; raises UserError naming those that are there."""
+        folder = self.path / "tunings" / name
+        if not folder.is_dir():
+            saved = sorted(path.name for path in (self.path / "tunings").glob("*"))
+            raise UserError(f"The run {self.path} holds no tuning {name!r}. {nearest(name, saved)}")
+        return folder
+
+    def checkpoints(self, name: str) -> Path:
+        """Folder of a tuning's checkpoint while it trains."""
+        return self.path / "checkpoints" / name
+
+    def log(self, name: str) -> Path:
+        """JSON lines of a tuning's steps and validations."""
+        return self.path / "logs" / f"{name}.jsonl"
+
+    def save_log(self, name: str, history: list[dict[str, Any]]) -> None:
+        """Write the log anew from the history: a resumed training repeats no line."""
+        write_whole(self.log(name), "".join(json.dumps(event) + "\n" for event in history).encode())
+
+    def save_tuning(self, name: str, files: dict[str, bytes]) -> int:
+        """Write a tuning's files as one: the folder appears whole or not at all. Returns its bytes."""
+        target = self.path / "tunings" / name
+        partial = target.with_name(f".{name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        for file, content in files.items():
+            write_whole(partial / file, content)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        return sum(map(len, files.values()))
+
+    def save_result(self, name: str, result: dict[str, Any]) -> None:
+        """Write what a stage found; with this file the stage is done."""
+        write_json(self.path / "results" / f"{name}.json", result)
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """What a stage found, None where it is not done."""
+        file = self.path / "results" / f"{name}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def save_predictions(self, name: str, task: str, lines: list[dict[str, Any]]) -> None:
+        """Write every answer of a tuning to a task as JSON lines."""
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        suffix = "" if task == self.recipe().task.name else f".{task.replace('/', '-')}"
+        write_whole(self.path / "predictions" / f"{name}{suffix}.jsonl", text.encode())
+
+    def predictions(self, name: str) -> list[dict[str, Any]]:
+        """The answers of a tuning to the run's task."""
+        file = self.path / "predictions" / f"{name}.jsonl"
+        if not file.is_file():
+            return []
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    def environment(self) -> dict[str, Any]:
+        """What the run was started on."""
+        found: dict[str, Any] = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        return found
+
+    def forget_checkpoints(self) -> None:
+        """Remove what only an unfinished run needs."""
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def remove(self) -> None:
+        """Remove a run that never began."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def started(self) -> bool:
+        """Whether anything worth keeping is there: a result or a checkpoint."""
+        return any((self.path / "results").glob("*")) or any((self.path / "checkpoints").glob("*/*"))
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on: versions, processor, device."""
+    import torch
+
+    versions = {}
+    for package in ("luthier", "torch", "transformers", "safetensors", "rouge-score", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""Text to tensors: prompts as at inference, masks that cover the completion, packed batches."""

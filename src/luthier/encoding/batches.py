@@ -1,0 +1,147 @@
+"""Which rows make a batch, and how they are laid out as tensors.
+
+The optimizer's batch is a function of (seed, step) alone. Micro-batches divide it by a token budget:
+that is memory only, and never changes the gradient.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from luthier.encoding.encoder import Encoded, Encoder
+from luthier.models.batch import Batch, Packed
+
+
+def order(count: int, seed: int, k: int) -> int:
+    """The row that stands at place `k` of the endless training order: one permutation an epoch."""
+    epoch, place = divmod(k, count)
+    return int(_permutation(count, seed, epoch)[place])
+
+
+_latest: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+
+
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    found = _latest.get((count, seed))
+    if found is None or found[0] != epoch:
+        found = (epoch, np.random.default_rng([seed, epoch]).permutation(count))
+        _latest[(count, seed)] = found
+    return found[1]
+
+
+def step_rows(rows: Sequence[Encoded], batch_size: int, seed: int, step: int) -> list[Encoded]:
+    """The rows of optimizer step `step`; the last batch of an epoch may be smaller."""
+    per_epoch = -(-len(rows) // batch_size)
+    epoch, place = divmod(step, per_epoch)
+    start = epoch * len(rows) + place * batch_size
+    stop = min(start + batch_size, (epoch + 1) * len(rows))
+    return [rows[order(len(rows), seed, k)] for k in range(start, stop)]
+
+
+def micro_batches(rows: Sequence[Encoded], budget: int, padded: bool) -> list[list[Encoded]]:
+    """Divide rows into groups of similar length within a token budget (a longer row goes alone)."""
+    groups: list[list[Encoded]] = []
+    tokens = 0
+    for row in sorted(rows, key=len, reverse=True):
+        # Padded, every row costs as much as the longest, which came first.
+        cost = len(groups[-1][0]) if padded and groups and groups[-1] else len(row)
+        if not groups or tokens + cost > budget:
+            groups.append([])
+            tokens, cost = 0, len(row)
+        groups[-1].append(row)
+        tokens += cost
+    return groups
+
+
+def collate(rows: Sequence[Encoded], decoder_start: int | None) -> Batch:
+    """Lay rows out as one packed batch; `decoder_start` is given for encoder-decoders."""
+    labels = torch.tensor([token for row in rows for token in row.target])
+    owners = torch.tensor([place for place, row in enumerate(rows) for _ in row.target])
+    ids = tuple(row.id for row in rows)
+    if decoder_start is not None:
+        inputs = [token for row in rows for token in (decoder_start, *row.target[:-1])]
+        return Batch(
+            ids=ids,
+            source=_packed([row.prompt for row in rows]),
+            decoder=Packed(torch.tensor(inputs), tuple(len(row.target) for row in rows)),
+            decoder_rows=tuple(range(len(rows))),
+            targets=torch.arange(len(labels)),
+            labels=labels,
+            owners=owners,
+        )
+    # The end token is predicted, never read: the last input is the last token of the completion.
+    sequences = [row.prompt + row.target[:-1] for row in rows]
+    targets, start = [], 0
+    for row, sequence in zip(rows, sequences, strict=True):
+        targets.append(torch.arange(start + len(row.prompt) - 1, start + len(sequence)))
+        start += len(sequence)
+    return Batch(ids=ids, source=_packed(sequences), targets=torch.cat(targets), labels=labels, owners=owners)
+
+
+def collate_choices(
+    rows: Sequence[tuple[str, list[int], list[list[int]]]], decoder_start: int | None
+) -> tuple[Batch, list[tuple[int, int]]]:
+    """Lay out questions with their answer choices so that each prompt is computed once.
+
+    `rows` holds (id, prompt ids, token ids of each choice). Returns the batch and (row, choice) for
+    each choice, in the order its labels stand in the batch.
+    """
+    labels: list[int] = []
+    places: list[tuple[int, int]] = []
+    for place, (_, _, choices) in enumerate(rows):
+        for number, choice in enumerate(choices):
+            labels.extend(choice)
+            places.append((place, number))
+    ids = tuple(row for row, _, _ in rows)
+    owners = torch.tensor([place for place, (_, _, choices) in enumerate(rows) for choice in choices for _ in choice])
+    if decoder_start is not None:
+        inputs = [[decoder_start, *choice[:-1]] for _, _, choices in rows for choice in choices]
+        batch = Batch(
+            ids=ids,
+            source=_packed([prompt for _, prompt, _ in rows]),
+            decoder=_packed(inputs),
+            decoder_rows=tuple(place for place, _ in places),
+            targets=torch.arange(len(labels)),
+            labels=torch.tensor(labels),
+            owners=owners,
+        )
+        return batch, places
+    sequences: list[list[int]] = []
+    branches, targets, start = [], [], 0
+    for _, prompt, choices in rows:
+        last, cursor = start + len(prompt) - 1, start + len(prompt)
+        for choice in choices:
+            targets += [last, *range(cursor, cursor + len(choice) - 1)]
+            cursor += len(choice) - 1
+        sequences.append(prompt + [token for choice in choices for token in choice[:-1]])
+        branches.append(tuple(len(choice) - 1 for choice in choices))
+        start = cursor
+    batch = Batch(
+        ids=ids,
+        source=Packed(
+            torch.tensor([token for sequence in sequences for token in sequence]),
+            tuple(map(len, sequences)),
+            tuple(branches) if any(len(choices) > 1 for _, _, choices in rows) else (),
+        ),
+        targets=torch.tensor(targets),
+        labels=torch.tensor(labels),
+        owners=owners,
+    )
+    return batch, places
+
+
+def encode_all(
+    encoder: Encoder, examples: Sequence, reserve: int = 0, on_cut: Callable[[Encoded], None] | None = None
+) -> list[Encoded]:
+    """Encode examples, telling of each whose prompt had to be cut."""
+    rows = [encoder.encode(example, reserve) for example in examples]
+    for row in rows:
+        if row.cut and on_cut:
+            on_cut(row)
+    return rows
+
+
+def _packed(sequences: Sequence[Sequence[int]]) -> Packed:
+    flat = [token for sequence in sequences for token in sequence]
+    return Packed(torch.tensor(flat), tuple(map(len, sequences)))

@@ -1,0 +1,128 @@
+"""Encoder: an example becomes prompt ids and target ids, the same in training and at inference.
+
+The rule: the prompt is tokenized exactly as it will be at inference, the completion on its own after
+it, then one end token. So no token straddles the two, the loss covers completion and end token and
+nothing else, and a tuned model sees the prompt ids it was trained on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.data.task import Example
+from luthier.errors import UserError
+
+# A cut prompt keeps at least this many tokens, or the row is refused: less is no prompt.
+SHORTEST_PROMPT = 8
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one example; `cut` counts prompt tokens removed to fit."""
+
+    id: str
+    prompt: list[int]
+    target: list[int]  # completion + one end token
+    cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.target)
+
+
+class Encoder:
+    """Knows how one base wants its text: chat turns, plain text, or encoder and decoder."""
+
+    def __init__(self, tokenizer: Any, *, encoder_decoder: bool, chat: bool, max_length: int):
+        self.tokenizer = tokenizer
+        self.encoder_decoder = encoder_decoder
+        self.chat = chat and not encoder_decoder
+        self.max_length = max_length
+        if self.chat and not tokenizer.chat_template:
+            raise UserError("base.chat is true, but the tokenizer has no chat template. Set `chat: false` or `auto`.")
+        if tokenizer.eos_token_id is None:
+            raise UserError("The tokenizer has no end token (eos_token), so a model could never learn to stop.")
+        self.end: int = self._end_of_turn() if self.chat else tokenizer.eos_token_id
+        # Tokens the tokenizer puts around every plain text (a start token; T5's end token).
+        self._before, self._after = self._wrapping()
+
+    @property
+    def stops(self) -> list[int]:
+        """Tokens that end a generated answer."""
+        return sorted({self.end, self.tokenizer.eos_token_id})
+
+    def prompt_text(self, example: Example) -> str:
+        """The whole prompt as text: system, shots and question, as the model will read it."""
+        if self.chat:
+            return str(self.tokenizer.apply_chat_template(_turns(example), tokenize=False, add_generation_prompt=True))
+        shots = "".join(f"{question}\n{answer}\n\n" for question, answer in example.shots)
+        system = f"{example.system}\n\n" if example.system else ""
+        return f"{system}{shots}{example.prompt}" + ("" if self.encoder_decoder else "\n")
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """Token ids of the prompt, uncut."""
+        ids = self._ids(self.prompt_text(example))
+        return ids if self.chat else [*self._before, *ids, *self._after]
+
+    def target_ids(self, completion: str) -> list[int]:
+        """Token ids of a completion, with its one end token."""
+        return [*self._ids(completion), self.end]
+
+    def count(self, example: Example) -> int:
+        """Tokens of prompt and target together (for an encoder-decoder: of the prompt)."""
+        prompt = len(self.prompt_ids(example))
+        return prompt if self.encoder_decoder else prompt + len(self.target_ids(example.completion))
+
+    def encode(self, example: Example, reserve: int = 0) -> Encoded:
+        """Encode one example; an over-long prompt loses its middle, a target is never cut.
+
+        `reserve` keeps room for tokens that are added later (soft prompts, generated text).
+        Raises UserError where the target leaves no room for a prompt.
+        """
+        prompt, target = self.prompt_ids(example), self.target_ids(example.completion)
+        room = self.max_length - reserve - (0 if self.encoder_decoder else len(target))
+        if room < min(SHORTEST_PROMPT, len(prompt)) or (self.encoder_decoder and len(target) > self.max_length):
+            raise UserError(
+                f"{example.id}: the completion has {len(target)} tokens and the limit is {self.max_length} "
+                f"(max_length, or the model's context){f' less {reserve} reserved' if reserve else ''}: no room is "
+                "left for the prompt. Raise `max_length` or shorten the row; a target is never cut."
+            )
+        kept = cut_middle(prompt, room)
+        return Encoded(example.id, kept, target, len(prompt) - len(kept))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids, without special tokens, stripped."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def _wrapping(self) -> tuple[list[int], list[int]]:
+        bare, wrapped = self._ids("a"), list(self.tokenizer("a").input_ids)
+        for start in range(len(wrapped) - len(bare) + 1):
+            if wrapped[start : start + len(bare)] == bare:
+                # A decoder-only prompt goes on with the completion: nothing may stand after it.
+                return wrapped[:start], wrapped[start + len(bare) :] if self.encoder_decoder else []
+        return [], []
+
+    def _end_of_turn(self) -> int:
+        """The special token the chat template puts after an answer (not every model's is its eos)."""
+        mark = "\u2402answer\u2402"
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
+        after = str(self.tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(mark)[2]
+        special = set(self.tokenizer.all_special_ids)
+        return next((token for token in self._ids(after) if token in special), self.tokenizer.eos_token_id)
+
+
+def cut_middle(ids: list[int], room: int) -> list[int]:
+    """Keep the beginning and the end of an over-long prompt: instructions stand at either."""
+    if len(ids) <= room:
+        return ids
+    head = (room + 1) // 2
+    return ids[:head] + ids[len(ids) - (room - head) :]
+
+
+def _turns(example: Example) -> list[dict[str, str]]:
+    turns = [{"role": "system", "content": example.system}] if example.system else []
+    for question, answer in example.shots:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [*turns, {"role": "user", "content": example.prompt}]

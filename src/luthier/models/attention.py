@@ -1,0 +1,190 @@
+"""Attention over packed sequences, plugged into transformers as one more implementation.
+
+A batch is one row of T tokens; each sequence in it is attended on its own, so a neighbour can never
+leak in and no padded token is ever computed. The same function serves decoding, where every row
+has its keys and values in a `RowCache`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+NAME = "luthier_packed"
+
+# Above this many tokens the (L, L) score matrix costs more than the fused kernel's slower backward.
+_LONGEST_EXPLICIT = 1024
+
+
+class RowCache:
+    """Keys and values of the rows being decoded, preallocated: per layer (rows, heads, capacity, d)."""
+
+    is_compileable = False
+    is_sliding = (False,)
+
+    def __init__(self, lengths: tuple[int, ...], new_tokens: int):
+        self.prompt_lengths = lengths
+        self.capacity = max(lengths) + new_tokens
+        self.filled: Tensor | None = None  # (rows,) tokens held by each row; None until the prompts are in
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; return what this step attends to (transformers' cache contract)."""
+        if self.filled is None:
+            self._store_prompts(key, value, layer)
+            return key, value
+        rows = torch.arange(key.shape[0], device=key.device)
+        self.keys[layer][rows, :, self.filled] = key[:, :, 0]
+        self.values[layer][rows, :, self.filled] = value[:, :, 0]
+        longest = int(self.longest) + 1
+        return self.keys[layer][:, :, :longest], self.values[layer][:, :, :longest]
+
+    def _store_prompts(self, key: Tensor, value: Tensor, layer: int) -> None:
+        shape = (len(self.prompt_lengths), key.shape[1], self.capacity, key.shape[3])
+        self.keys[layer], self.values[layer] = key.new_zeros(shape), value.new_zeros(shape)
+        start = 0
+        for row, length in enumerate(self.prompt_lengths):
+            self.keys[layer][row, :, :length] = key[0, :, start : start + length]
+            self.values[layer][row, :, :length] = value[0, :, start : start + length]
+            start += length
+
+    def prompts_are_in(self, device: torch.device) -> None:
+        """From here on each update is one new token a row."""
+        self.filled = torch.tensor(self.prompt_lengths, device=device)
+        self.longest = max(self.prompt_lengths)
+
+    def advance(self) -> None:
+        """Count the token that the last step stored."""
+        assert self.filled is not None
+        self.filled = self.filled + 1
+        self.longest += 1
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these: finished rows leave the batch."""
+        assert self.filled is not None
+        self.filled = self.filled[rows]
+        self.longest = int(self.filled.max())
+        for layer in self.keys:
+            self.keys[layer] = self.keys[layer][rows]
+            self.values[layer] = self.values[layer][rows]
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Part of transformers' cache contract; positions are always given explicitly."""
+        return 0
+
+
+@dataclass
+class Packing:
+    """How the tokens of one forward pass divide into rows; handed to every attention layer."""
+
+    lengths: tuple[int, ...]
+    branches: tuple[tuple[int, ...], ...] = ()
+    cache: RowCache | None = None
+    masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    @property
+    def decoding(self) -> bool:
+        """One new token a row, keys and values from the cache."""
+        return self.cache is not None and self.cache.filled is not None
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, H, T, d), or (rows, H, 1, d) when decoding
+    key: Tensor,  # (1, K, T, d), or (rows, K, L, d)
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packing: Packing | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of each row to itself; returns (1, T, H, d), or (rows, 1, H, d)."""
+    assert packing is not None, "a packed model was called without its packing"
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if packing.decoding:
+        out = _attend_cached(query, key, value, scale, softcap, sliding_window, packing)
+        return out.transpose(1, 2), None
+    pieces, start = [], 0
+    for row, length in enumerate(packing.lengths):
+        here = slice(start, start + length)
+        branches = packing.branches[row] if packing.branches else ()
+        q, k, v = query[:, :, here], key[:, :, here], value[:, :, here]
+        window = sliding_window if sliding_window is not None and sliding_window < length else None
+        plain = not branches and window is None
+        explicit = q.device.type == "cpu" and q.dtype == torch.bfloat16 and length <= _LONGEST_EXPLICIT
+        if plain and not explicit and softcap is None:
+            pieces.append(
+                F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=True)
+            )
+        else:
+            mask = _mask(packing, length, branches, window, q)
+            pieces.append(_attend(q, k, v, mask, scale, softcap, dropout))
+        start += length
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None, dropout: float
+) -> Tensor:
+    """Attention with its scores written out; grouped heads share one product with their key head."""
+    rows, heads, length, width = query.shape
+    groups, seen = key.shape[1], key.shape[2]
+    stacked = (query * scale).reshape(rows, groups, heads // groups * length, width)
+    scores = (stacked @ key.transpose(2, 3)).view(rows, heads, length, seen)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = F.dropout((scores + mask).softmax(-1), dropout)
+    return (weights.view(rows, groups, heads // groups * length, seen) @ value).view(rows, heads, length, width)
+
+
+def _attend_cached(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    packing: Packing,
+) -> Tensor:
+    cache = packing.cache
+    assert cache is not None and cache.filled is not None
+    slot = ("decode", window)
+    if slot not in packing.masks:  # one mask serves all layers of this step
+        places = torch.arange(key.shape[2], device=key.device)
+        hidden = places > cache.filled[:, None]
+        if window is not None:
+            hidden = hidden | (places <= cache.filled[:, None] - window)
+        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=key.device).masked_fill(hidden, float("-inf"))
+        packing.masks[slot] = mask[:, None, None, :]
+    return _attend(query, key, value, packing.masks[slot], scale, softcap, 0.0)
+
+
+def _mask(packing: Packing, length: int, branches: tuple[int, ...], window: int | None, like: Tensor) -> Tensor:
+    """(L, L) additive mask: causal, within the window, and no branch sees another."""
+    slot = (length, branches, window)
+    if slot not in packing.masks:
+        places = torch.arange(length, device=like.device)
+        owner = torch.zeros(length, dtype=torch.long, device=like.device)
+        position = places.clone()
+        start = shared = length - sum(branches)
+        for number, branch in enumerate(branches, 1):
+            owner[start : start + branch] = number
+            position[start : start + branch] = places[:branch] + shared
+            start += branch
+        seen = places[None, :] <= places[:, None]
+        seen &= (owner[None, :] == 0) | (owner[None, :] == owner[:, None])
+        if window is not None:
+            seen &= position[:, None] - position[None, :] < window
+        mask = torch.zeros(length, length, dtype=like.dtype, device=like.device)
+        packing.masks[slot] = mask.masked_fill(~seen, float("-inf"))
+    return packing.masks[slot]
+
+
+AttentionInterface.register(NAME, packed_attention)

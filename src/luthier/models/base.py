@@ -1,0 +1,265 @@
+"""BaseModel: one frozen pre-trained model, decoder-only or encoder-decoder, behind one interface.
+
+Everything that differs between architectures stands here and in `attention.py`: where embeddings and
+head are, how logits are scaled, how rows are laid out. The head is applied at target positions only.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.errors import UserError
+from luthier.models import attention
+from luthier.models.allocator import keep_freed_memory
+from luthier.models.attention import Packing
+from luthier.models.batch import Batch, Packed, Segment
+from luthier.models.grafts import EVERYTHING, Grafts
+from luthier.models.load import BaseSpec, context_length, read_model, resolve_device, resolve_dtype
+
+# Families whose rows may share one packed sequence; each passed the leakage test.
+PACKED_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma2"}
+
+# A model that states no limit of its own (T5 has relative positions) is used up to this many tokens.
+DEFAULT_CONTEXT = 4096
+
+
+class BaseModel:
+    """A frozen model with its tokenizer and the tunings attached to it."""
+
+    def __init__(self, model: Any, tokenizer: Any, spec: BaseSpec | None = None):
+        self.spec = spec or BaseSpec(model=getattr(model, "name_or_path", "") or "in-memory")
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.config = model.config
+        self.family: str = model.config.model_type
+        self.encoder_decoder: bool = bool(model.config.is_encoder_decoder)
+        self.packs = self.family in PACKED_FAMILIES
+        model.set_attn_implementation(attention.NAME if self.packs else "eager")
+        self.grafts = Grafts(model)
+        self.grafts.use(None)
+        self.methods: dict[str, Any] = {}  # tuning name -> the method that attached it
+
+    @classmethod
+    def load(cls, spec: BaseSpec) -> "BaseModel":
+        """Read a base model; raises UserError where there is none by that name."""
+        keep_freed_memory()
+        device = resolve_device(spec.device)
+        dtype = resolve_dtype(spec.dtype, device)
+        model, tokenizer = read_model(spec, dtype)
+        if dtype == torch.float16 and model.config.model_type == "t5":
+            raise UserError("T5 overflows in float16: use dtype bfloat16 or float32.")
+        return cls(model.to(device), tokenizer, spec)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision the model computes in."""
+        return self.embedding.weight.dtype
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """Token embeddings, (vocabulary, D)."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def width(self) -> int:
+        """D, the width of hidden states."""
+        return self.embedding.weight.shape[1]
+
+    @property
+    def blocks(self) -> int:
+        """Number of decoder blocks (with an encoder: of each stack)."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def context(self) -> int:
+        """The longest row in tokens."""
+        return context_length(self.config, DEFAULT_CONTEXT)
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters of the bare base, a tied one counted once."""
+        return sum(parameter.numel() for parameter in self.grafts.originals.values())
+
+    @property
+    def decoder_start(self) -> int:
+        """The token an encoder-decoder's decoder begins with."""
+        return int(self.config.decoder_start_token_id)
+
+    def fingerprint(self) -> str:
+        """16 hex digits of the architecture and of samples of every weight, the same in any precision."""
+        digest = hashlib.sha256(f"{self.family} {self.blocks} {self.width}".encode())
+        for name, parameter in sorted(self.grafts.originals.items()):
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
+            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def use(self, name: str | None) -> None:
+        """Let the tuning `name` (None: the bare base) answer from here on."""
+        self.grafts.use(name)
+
+    def target_states(self, batch: Batch) -> Tensor:
+        """Run a batch; return the states (N, D) that predict its labels."""
+        segments = batch.segments
+        if self.encoder_decoder:
+            states, starts = self._run_encoder_decoder(batch, segments)
+            return states.flatten(0, 1)[_pad_index(batch.targets, starts, states.shape[1], _owner_rows(batch))]
+        states, shift, index = self._run_decoder(batch.source, segments)
+        if segments:
+            self._route_targets(batch, segments)
+        targets = batch.targets
+        if index is not None:  # padded rows
+            return states.flatten(0, 1)[index[targets]]
+        return states[0][targets + shift[batch.owners]]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Apply the head: (N, D) states to (N, vocabulary) logits, scaled and capped as the model does."""
+        config = self.config
+        if self.encoder_decoder and getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
+            states = states * config.d_model**-0.5
+        logits: Tensor = self.model.get_output_embeddings()(states)
+        if scale := getattr(config, "logit_scale", None):
+            logits = logits * scale
+        if scale := getattr(config, "logits_scaling", None):
+            logits = logits / scale
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def head_parameters(self) -> list[Tensor]:
+        """The trainable tensors of the head, where a tuning reaches it."""
+        return [parameter for parameter in self.model.get_output_embeddings().parameters() if parameter.requires_grad]
+
+    def embed(self, packed: Packed, segments: tuple[Segment, ...]) -> tuple[Tensor, tuple[int, ...], Tensor]:
+        """Embed rows with their soft prompts in front: (T', D), new lengths, and the shift of each row's tokens."""
+        embedded: Tensor = self.embedding(packed.ids)
+        prompts = [self._prompt(row, segments) for row in range(len(packed.lengths))]
+        if all(prompt is None for prompt in prompts):
+            return embedded, packed.lengths, torch.zeros(len(prompts), dtype=torch.long, device=embedded.device)
+        pieces, lengths, shifts, start = [], [], [], 0
+        for length, prompt in zip(packed.lengths, prompts, strict=True):
+            if prompt is not None:
+                pieces.append(prompt.to(embedded.dtype))
+            pieces.append(embedded[start : start + length])
+            extra = 0 if prompt is None else prompt.shape[0]
+            lengths.append(length + extra)
+            shifts.append((shifts[-1] if shifts else 0) + extra)
+            start += length
+        return torch.cat(pieces), tuple(lengths), torch.tensor(shifts, device=embedded.device)
+
+    def run_packed(self, embedded: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        """Run the decoder stack on (rows, T, D) embeddings in one packed layout; the head is left out."""
+        cache = packing.cache
+        out = self.model.get_decoder()(
+            inputs_embeds=embedded,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            packing=packing,
+        )
+        states: Tensor = out.last_hidden_state
+        return states
+
+    def _run_decoder(self, packed: Packed, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+        embedded, lengths, shift = self.embed(packed, segments)
+        grown = Packed(packed.ids, lengths, packed.branches)
+        if self.packs:
+            if segments:
+                self.grafts.use_segments(segments, _token_parts(segments, lengths), axis=1)
+            positions = torch.tensor(grown.positions(), device=embedded.device)[None]
+            states = self.run_packed(embedded[None], positions, Packing(lengths, packed.branches))
+            return states, shift, None
+        assert not packed.branches, "branches need a family that packs"
+        if segments:
+            self.grafts.use_segments(segments, _row_parts(segments), axis=0)
+        padded, mask = _pad(embedded, lengths)
+        states = self.model.get_decoder()(inputs_embeds=padded, attention_mask=mask, use_cache=False).last_hidden_state
+        index = _kept_index(packed.lengths, lengths, states.shape[1], states.device)
+        return states, shift, index
+
+    def encode(self, packed: Packed, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor]:
+        """Run the encoder: padded states (rows, L, D) and their mask (rows, L)."""
+        if segments:
+            self.grafts.use_segments(segments, _row_parts(segments), axis=0)
+        embedded, lengths, _ = self.embed(packed, segments)
+        padded, mask = _pad(embedded, lengths)
+        encoded: Tensor = self.model.get_encoder()(inputs_embeds=padded, attention_mask=mask).last_hidden_state
+        return encoded, mask
+
+    def _run_encoder_decoder(self, batch: Batch, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor]:
+        assert batch.decoder is not None
+        encoded, mask = self.encode(batch.source, segments)
+        rows = batch.decoder_rows
+        if rows != tuple(range(len(batch.source.lengths))):
+            assert not segments, "several decoder rows per source row run through one tuning"
+            take = torch.tensor(rows, device=encoded.device)
+            encoded, mask = encoded[take], mask[take]
+        lengths = batch.decoder.lengths
+        ids, _ = _pad(batch.decoder.ids, lengths)
+        # Padding stands behind every row, where causal attention never looks: no mask is needed.
+        states = self.model.get_decoder()(
+            input_ids=ids, encoder_hidden_states=encoded, encoder_attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        if segments:
+            self._route_targets(batch, segments)
+        starts = torch.tensor([0, *lengths[:-1]], device=states.device).cumsum(0)
+        return states, starts
+
+    def _route_targets(self, batch: Batch, segments: tuple[Segment, ...]) -> None:
+        owners = batch.owners.tolist()
+        parts = tuple(
+            slice(sum(owner < segment.start for owner in owners), sum(owner < segment.stop for owner in owners))
+            for segment in segments
+        )
+        self.grafts.use_segments(segments, parts, axis=0)
+
+    def _prompt(self, row: int, segments: tuple[Segment, ...]) -> Tensor | None:
+        if segments:
+            name = next(segment.name for segment in segments if segment.start <= row < segment.stop)
+        else:
+            name, part = self.grafts.route.parts[0]
+            assert part == EVERYTHING, "rows of a mixed batch need their segments"
+        return self.grafts.prompts.get(name) if name is not None else None
+
+
+def _token_parts(segments: tuple[Segment, ...], lengths: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(sum(lengths[: segment.start]), sum(lengths[: segment.stop])) for segment in segments)
+
+
+def _row_parts(segments: tuple[Segment, ...]) -> tuple[slice, ...]:
+    return tuple(slice(segment.start, segment.stop) for segment in segments)
+
+
+def _pad(packed: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(T, ...) packed rows to (rows, L, ...) with zeros behind, and the (rows, L) mask."""
+    rows = list(packed.split(list(lengths)))
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    places = torch.arange(padded.shape[1], device=packed.device)
+    return padded, (places < torch.tensor(lengths, device=packed.device)[:, None]).long()
+
+
+def _kept_index(lengths: tuple[int, ...], grown: tuple[int, ...], longest: int, device: torch.device) -> Tensor:
+    """For each token of the packed rows, where it stands in the flattened padded ones."""
+    pieces = [
+        torch.arange(more - length, more) + row * longest
+        for row, (length, more) in enumerate(zip(lengths, grown, strict=True))
+    ]
+    return torch.cat(pieces).to(device)
+
+
+def _owner_rows(batch: Batch) -> Tensor:
+    """The decoder row of each target: rows are packed in order, so it follows from the lengths."""
+    assert batch.decoder is not None
+    ends = torch.tensor(batch.decoder.lengths, device=batch.targets.device).cumsum(0)
+    return torch.searchsorted(ends, batch.targets, right=True)
+
+
+def _pad_index(targets: Tensor, starts: Tensor, longest: int, rows: Tensor) -> Tensor:
+    return rows * longest + targets - starts[rows]

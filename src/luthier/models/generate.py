@@ -1,0 +1,117 @@
+"""Batched greedy decoding: rows sorted by length, finished rows leave the batch."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier.models.attention import Packing, RowCache
+from luthier.models.base import BaseModel
+from luthier.models.batch import Packed, Segment
+
+
+@torch.no_grad()
+def generate(
+    base: BaseModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: Sequence[int],
+    batch_rows: int = 32,
+    on_finished: Callable[[int, list[int]], None] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt greedily with the active tuning until a stop token or `max_new_tokens`.
+
+    Returns the new token ids of each prompt, in the order given, without the stop token.
+    `on_finished(i, ids)` is called as soon as prompt i is done.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    results: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_rows):
+        rows = order[start : start + batch_rows]
+        chunk = [list(prompts[i]) for i in rows]
+        decode = _decode_packed if base.packs else _decode_padded
+        for place, ids in decode(base, chunk, max_new_tokens, set(stop)):
+            results[rows[place]] = ids
+            if on_finished:
+                on_finished(rows[place], ids)
+    return results
+
+
+def _decode_packed(
+    base: BaseModel, prompts: list[list[int]], new_tokens: int, stop: set[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """Prefill all prompts as one packed row, then one token a row and step."""
+    device = base.device
+    packed = Packed(torch.tensor([token for row in prompts for token in row], device=device), tuple(map(len, prompts)))
+    segments: tuple[Segment, ...] = ()
+    embedded, lengths, _ = base.embed(packed, segments)
+    cache = RowCache(lengths, new_tokens)
+    positions = torch.tensor(Packed(packed.ids, lengths).positions(), device=device)
+    states = base.run_packed(embedded[None], positions[None], Packing(lengths, cache=cache))[0]
+    states = states[torch.tensor(lengths, device=device).cumsum(0) - 1]  # (rows, D), each row's last
+    cache.prompts_are_in(device)
+    alive = list(range(len(prompts)))
+    written: list[list[int]] = [[] for _ in prompts]
+    for step in range(new_tokens):
+        tokens = base.logits(states).argmax(-1)  # (rows,)
+        keep = []
+        for place, (row, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
+            if token in stop:
+                yield row, written[row]
+                continue
+            written[row].append(token)
+            keep.append(place)
+        if step == new_tokens - 1 or not keep:
+            alive = [alive[place] for place in keep]
+            break
+        if len(keep) < len(alive):
+            rows = torch.tensor(keep, device=device)
+            cache.keep(rows)
+            tokens, alive = tokens[rows], [alive[place] for place in keep]
+        assert cache.filled is not None
+        packing = Packing((), cache=cache)
+        states = base.run_packed(base.embedding(tokens)[:, None], cache.filled[:, None], packing)[:, 0]
+        cache.advance()
+    for row in alive:
+        yield row, written[row]
+
+
+def _decode_padded(
+    base: BaseModel, prompts: list[list[int]], new_tokens: int, stop: set[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """Decode through transformers' own generate: encoder-decoders, and families that do not pack."""
+    packed = Packed(
+        torch.tensor([token for row in prompts for token in row], device=base.device), tuple(map(len, prompts))
+    )
+    options: dict[str, Any] = {
+        "max_new_tokens": new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "eos_token_id": sorted(stop),
+        "pad_token_id": sorted(stop)[0],
+    }
+    if base.encoder_decoder:
+        encoded, mask = base.encode(packed, ())
+        from transformers.modeling_outputs import BaseModelOutput
+
+        out = base.model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded), attention_mask=mask, **options
+        )[:, 1:]  # without the decoder's start token
+    else:
+        embedded, lengths, _ = base.embed(packed, ())
+        padded, mask = _pad_left(embedded, lengths)
+        out = base.model.generate(inputs_embeds=padded, attention_mask=mask, **options)
+    for row, ids in enumerate(out.tolist()):
+        end = next((place for place, token in enumerate(ids) if token in stop), len(ids))
+        yield row, ids[:end]
+
+
+def _pad_left(embedded: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    longest = max(lengths)
+    padded = embedded.new_zeros(len(lengths), longest, embedded.shape[1])
+    mask = torch.zeros(len(lengths), longest, dtype=torch.long, device=embedded.device)
+    for row, piece in enumerate(embedded.split(list(lengths))):
+        padded[row, longest - len(piece) :] = piece
+        mask[row, longest - len(piece) :] = 1
+    return padded, mask

@@ -1,0 +1,166 @@
+"""Find a base model by name and read it: embedded, directory, .gguf file or hub id."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from luthier.errors import UserError, nearest
+from luthier.models.embedded import EMBEDDED, embedded_folder
+
+Dtype = Literal["auto", "bfloat16", "float32", "float16"]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """Which base model, in which precision, on which device.
+
+    `model` is an embedded name, a directory, a .gguf file or a hub id. `dtype: auto` takes bfloat16
+    where this machine multiplies it faster than float32. `chat: auto` uses the tokenizer's chat
+    template where it has one.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    model: str = "smollm2-135m-instruct"
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    chat: bool | Literal["auto"] = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the first accelerator, else the CPU; a device that is not there is a UserError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"The device {device!r} cannot be used: {reason} Use `device: auto`, cpu or cuda.") from None
+    return found
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device computes it faster than float32 (a probe of 50 ms on a CPU)."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if _seconds(torch.bfloat16) < _seconds(torch.float32) else torch.float32
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    a, b = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def context_length(config: Any, default: int) -> int:
+    """The longest row in tokens; `default` for a model without a limit of its own (T5)."""
+    if not config.is_encoder_decoder:
+        for key in ("max_position_embeddings", "n_positions"):
+            if isinstance(limit := getattr(config, key, None), int):
+                return limit
+    return default
+
+
+def read_tokenizer(spec: BaseSpec) -> tuple[Any, Any]:
+    """Read (tokenizer, config) without the weights. Raises UserError as `read_model` does."""
+    place = _locate(spec)
+    with _explained(place):
+        config = AutoConfig.from_pretrained(place.source, **place.options)
+        return AutoTokenizer.from_pretrained(place.source, **place.options), config
+
+
+def read_model(spec: BaseSpec, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Read (model, tokenizer) from wherever the spec points; weights from safetensors or GGUF only.
+
+    Raises UserError for a name that is nothing, and for files that cannot be read.
+    """
+    place = _locate(spec)
+    if place.gguf:
+        return load_gguf(Path(place.source) / place.gguf, dtype)
+    tokenizer, config = read_tokenizer(spec)
+    architectures = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with _explained(place):
+        model = architectures.from_pretrained(
+            place.source, config=config, dtype=dtype, use_safetensors=True, **place.options
+        )
+    return model, tokenizer
+
+
+def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Read model and tokenizer from one .gguf file, dequantized to `dtype`."""
+    from transformers import GgufConfig  # needs the gguf package
+
+    place = Place(str(path.parent), {"gguf_file": path.name}, f"GGUF file {path}", path.name)
+    with _explained(place):
+        tokenizer = AutoTokenizer.from_pretrained(place.source, **place.options)
+        model = AutoModelForCausalLM.from_pretrained(
+            place.source, quantization_config=GgufConfig(dequantize=True), dtype=dtype, **place.options
+        )
+    # The weights are plain now: a saved copy must not claim to be quantized.
+    if getattr(model, "hf_quantizer", None) is not None:
+        del model.hf_quantizer
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a base is read from: transformers' source and options, and how errors call it."""
+
+    source: str
+    options: dict[str, Any]
+    title: str
+    gguf: str | None = None
+
+
+def _locate(spec: BaseSpec) -> Place:
+    name = spec.model
+    path = embedded_folder(name) if name in EMBEDDED else Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"The base model file {path.absolute()} does not exist.")
+        return Place(str(path.parent), {"gguf_file": path.name}, f"GGUF file {path}", path.name)
+    if path.is_dir():
+        return Place(str(path), {"trust_remote_code": spec.trust_remote_code}, f"directory {path}")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"Unknown base model {name!r}. {nearest(name, EMBEDDED)} A base is an embedded name "
+            f"({', '.join(EMBEDDED)}), a directory, a .gguf file or a hub id (owner/name)."
+        )
+    offline = " (offline mode is on: HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+    options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    return Place(name, options, f"hub id {name!r}{offline}")
+
+
+@contextmanager
+def _explained(place: Place) -> Iterator[None]:
+    """Turn what transformers raises for unreadable files into one message."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise UserError(
+            f"The base model could not be read from the {place.title}: {' '.join(str(error).split())[:300]} "
+            "A directory must hold config.json, model.safetensors and the tokenizer's files."
+        ) from None

@@ -1,0 +1,69 @@
+"""Cross-entropy at target positions, chunked so that the logits never exist whole.
+
+    L = - sum_i log softmax(head(h_i))[label_i]
+
+A sum, with its count: whoever steps divides by the global count, so that micro-batches, accumulation
+and ranks never change the gradient.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from luthier.models.base import BaseModel
+from luthier.models.batch import Batch
+
+# Rows of the head's product computed at once: (CHUNK, vocabulary) floats are the largest tensor alive.
+CHUNK = 256
+
+
+def loss_sum(base: BaseModel, batch: Batch) -> Tensor:
+    """Summed cross-entropy (nats) of a batch's labels, differentiable."""
+    states = base.target_states(batch)
+    return _HeadLoss.apply(states, batch.labels, base, *base.head_parameters())  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def label_scores(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-probability (nats) of each label, and whether it was the most probable token: both (N,)."""
+    states = base.target_states(batch)
+    scores, hits = [], []
+    for chunk, labels in zip(states.split(CHUNK), batch.labels.split(CHUNK), strict=True):
+        logits = base.logits(chunk).float()
+        scores.append(-F.cross_entropy(logits, labels, reduction="none"))
+        hits.append(logits.argmax(-1) == labels)
+    return torch.cat(scores), torch.cat(hits)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Computes gradients chunk by chunk while the logits are at hand, so nothing is kept or redone."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, labels: Tensor, base: BaseModel, *weights: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        # (mixed batches route the head by target, so there it is applied whole)
+        size = CHUNK if len(base.grafts.route.parts) == 1 else max(1, len(labels))
+        into_states = []
+        into_weights = [torch.zeros_like(weight) for weight in weights]
+        wanted = states.requires_grad or bool(weights)
+        for chunk, targets in zip(states.split(size), labels.split(size), strict=True):
+            with torch.set_grad_enabled(wanted):
+                piece = chunk.detach().requires_grad_(wanted)
+                loss = F.cross_entropy(base.logits(piece).float(), targets, reduction="sum")
+            total += loss.detach()
+            if wanted:
+                first, *rest = torch.autograd.grad(loss, [piece, *weights])
+                into_states.append(first)
+                for sum_, more in zip(into_weights, rest, strict=True):
+                    sum_ += more
+        ctx.save_for_backward(*([torch.cat(into_states), *into_weights] if wanted else []))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        (upstream,) = outputs
+        states, *weights = ctx.saved_tensors
+        scaled = [gradient * upstream.to(gradient.dtype) for gradient in (states, *weights)]
+        return (scaled[0], None, None, *scaled[1:])

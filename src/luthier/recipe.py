@@ -1,0 +1,261 @@
+"""Recipe: the one declaration of a run. Each part is declared beside what it builds; this composes them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer, model_validator
+
+from luthier.data.library import task_files
+from luthier.data.task import Task
+from luthier.encoding.encoder import Encoder
+from luthier.errors import UserError, nearest
+from luthier.metrics import metric
+from luthier.models.load import BaseSpec
+from luthier.training.settings import TrainingSettings
+from luthier.tuning import METHODS, FewShot, Full, LoRA, PromptTuning, ZeroShot
+
+AnyMethod = Annotated[ZeroShot | FewShot | Full | LoRA | PromptTuning, Field(discriminator="method")]
+RETENTION = ["topics", "knowledge", "instructions"]
+
+
+class Tuning(BaseModel):
+    """One named adaptation: a method with its settings, and how it is trained."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: AnyMethod
+    training: TrainingSettings = TrainingSettings()
+
+    @model_serializer
+    def _flat(self) -> dict[str, Any]:
+        flat: dict[str, Any] = TypeAdapter(AnyMethod).dump_python(self.method)
+        if hasattr(self.method, "defaults"):
+            flat["training"] = TypeAdapter(TrainingSettings).dump_python(self.training)
+        return flat
+
+
+class Recipe(BaseModel):
+    """Everything one run needs. Five lines are enough: base, task (train, template), tunings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: BaseSpec = Field(BaseSpec(), description="The base model: a name, directory, .gguf file or hub id.")
+    task: Task = Field(description="What to learn: a task that ships with Luthier, by name, or its definition.")
+    tunings: dict[str, Tuning] = Field(
+        description="What to compare, by name: a method with its settings.", min_length=1
+    )
+    training: TrainingSettings = Field(TrainingSettings(), description="Training settings of every tuning.")
+    retention: list[Task] = Field([], description="Tasks scored before and after, to see what a tuning forgets.")
+    max_length: int = Field(1024, ge=16, description="Longest row in tokens; longer prompts lose their middle.")
+    seed: int = Field(0, ge=0, description="Seed of splits, shots, order and new weights.")
+    data: str = Field(".", description="Folder in which relative data files resolve; default: the recipe's own.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        for task in (self.task, *self.retention):
+            for name in task.judged_by:
+                if name != "loss":
+                    metric(name)
+        return self
+
+    def encoder(self, tokenizer: Any, encoder_decoder: bool, context: int) -> Encoder:
+        """The encoder this recipe means for a base."""
+        chat = bool(tokenizer.chat_template) if self.base.chat == "auto" else self.base.chat
+        limit = min(self.max_length, context)
+        return Encoder(tokenizer, encoder_decoder=encoder_decoder, chat=chat, max_length=limit)
+
+
+def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply `key.key=value` changes.
+
+    Raises UserError for an unreadable file and for every unknown key or wrong value, all at once.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"The recipe {path} does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The recipe {path} could not be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"The recipe {path} must hold named keys (base, task, tunings ...).")
+    content["data"] = str(path.parent / str(content.get("data", ".")))
+    return make_recipe(content, changes, str(path))
+
+
+def make_recipe(content: Mapping[str, Any], changes: Sequence[str] = (), where: str = "recipe") -> Recipe:
+    """Build a recipe from a mapping as YAML gives it; `where` names it in errors."""
+    whole = _expand(dict(content), where)
+    for change in changes:
+        _set(whole, change)
+    whole = _expand(whole, where)
+    shared = whole.get("training") or {}
+    if isinstance(whole.get("tunings"), dict) and isinstance(shared, dict):
+        whole["tunings"] = {name: _nested(given, shared) for name, given in whole["tunings"].items()}
+    whole["data"] = str(Path(str(whole.get("data", "."))).expanduser().absolute())
+    try:
+        return Recipe.model_validate(whole)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{where}: {_explain(one)}" for one in error.errors())) from None
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe as it is written, shorthands included, for editors."""
+    schema = Recipe.model_json_schema()
+    definitions = schema["$defs"]
+    tuned = []
+    for name, kind in METHODS.items():
+        one = TypeAdapter(kind).json_schema()
+        one["properties"]["method"] = {"const": name}
+        if hasattr(kind, "defaults"):
+            one["properties"]["training"] = {"$ref": "#/$defs/TrainingSettings"}
+        tuned.append(one)
+    definitions["Tuning"] = {"anyOf": [*tuned, {"type": "null"}]}
+    properties = schema["properties"]
+    names = sorted(task_files())
+    properties["base"] = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/BaseSpec"}]}
+    task = {"anyOf": [{"enum": names}, {"type": "string"}, {"$ref": "#/$defs/Task"}]}
+    properties["task"] = task
+    properties["retention"] = {"type": "array", "items": task, "default": RETENTION}
+    properties["tunings"] = {
+        "anyOf": [
+            {"type": "object", "additionalProperties": {"$ref": "#/$defs/Tuning"}},
+            {"type": "array", "items": {"enum": list(METHODS)}},
+        ]
+    }
+    file = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Source"}]}
+    definitions["Task"]["properties"]["train"] = file
+    for split in ("validation", "test"):
+        definitions["Task"]["properties"][split] = {"anyOf": [*file["anyOf"], {"type": "number"}], "default": 0.1}
+    return schema
+
+
+def _expand(whole: dict[str, Any], where: str) -> dict[str, Any]:
+    """Write shorthands out: a base by name, a task by name, a list of methods, a file by its path."""
+    if isinstance(whole.get("base"), str):
+        whole["base"] = {"model": whole["base"]}
+    folder = Path(str(whole.get("data", ".")))
+    if "task" in whole:
+        whole["task"] = _task(whole["task"], folder, where)
+    retention = whole.get("retention", RETENTION)
+    if isinstance(retention, list):
+        whole["retention"] = [_task(one, folder, where) for one in retention]
+    tunings = whole.get("tunings")
+    if isinstance(tunings, list):
+        tunings = {str(name): {} for name in tunings}
+    if isinstance(tunings, dict):
+        whole["tunings"] = {
+            name: {"method": name, **(given or {})} if given is None or isinstance(given, dict) else given
+            for name, given in tunings.items()
+        }
+    return whole
+
+
+def _task(given: Any, folder: Path, where: str) -> Any:
+    if isinstance(given, str):
+        files = task_files()
+        path = files.get(given) or (folder / given if given.endswith((".yaml", ".yml")) else None)
+        if path is None:
+            raise UserError(f"{where}: unknown task {given!r}. {nearest(given, files)} Or define it in the recipe.")
+        try:
+            given = {"name": given, **yaml.safe_load(path.read_text(encoding="utf-8"))}
+        except (OSError, yaml.YAMLError, TypeError) as error:
+            raise UserError(f"{where}: the task file {path} could not be read: {error}.") from None
+    if isinstance(given, dict):
+        for split in ("train", "validation", "test"):
+            if isinstance(given.get(split), str):
+                given = {**given, split: {"path": given[split]}}
+    return given
+
+
+def _set(whole: dict[str, Any], change: str) -> None:
+    key, equals, value = change.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {change!r} is not of the form key.key=value, for example training.epochs=2.")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {key}: {value!r} is not valid YAML.") from None
+    *path, last = key.split(".")
+    place: Any = whole
+    for step in path:
+        if place.get(step) is None:
+            place[step] = {}
+        place = place[step]
+        if not isinstance(place, dict):
+            raise UserError(f"--set {key}: {step} holds {place!r}, which has no keys.")
+    place[last] = parsed
+
+
+def _nested(given: Any, shared: dict[str, Any]) -> Any:
+    if not isinstance(given, dict):
+        return given
+    method = {key: value for key, value in given.items() if key != "training"}
+    trains = hasattr(METHODS.get(method.get("method", "")), "defaults")
+    own = given.get("training") or {}
+    if own and not trains:
+        return {"method": method, "training": {"nothing is trained, so remove": own}}
+    return {"method": method, "training": {**shared, **own} if trains and isinstance(own, dict) else {}}
+
+
+def _explain(error: Any) -> str:
+    place = _place(error["loc"])
+    key = ".".join(place) or "(top level)"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key '{key}'. {nearest(place[-1], _allowed(place[:-1], error['loc']))}"
+    if error["type"] == "missing":
+        return f"'{key}' is missing."
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        given = (
+            str((error["input"] or {}).get("method", "")) if isinstance(error["input"], dict) else str(error["input"])
+        )
+        return f"'{key}': unknown method {given!r}. {nearest(given, METHODS)}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"'{key}': {message[0].lower()}{message[1:]} (given: {error['input']!r})."
+
+
+def _place(loc: Sequence[Any]) -> list[str]:
+    """The path as the user wrote it: without the tags that unions add."""
+    parts = [str(part) for part in loc]
+    if parts[:1] == ["tunings"] and len(parts) > 2 and parts[2] == "method":
+        parts = parts[:2] + parts[4 if len(parts) > 3 and parts[3] in METHODS else 3 :]
+    return [part for part in parts if part not in ("file", "share")]
+
+
+def _allowed(place: list[str], loc: Sequence[Any]) -> list[str]:
+    if not place:
+        return list(Recipe.model_fields)
+    if place[-1] == "training":
+        return [one.name for one in fields(TrainingSettings)]
+    if place[0] == "tunings":
+        kind = METHODS.get(str(loc[3])) if len(loc) > 3 else None
+        return [*(one.name for one in fields(kind)), "training"] if kind else []  # type: ignore[arg-type]
+    if place[0] == "base":
+        return [one.name for one in fields(BaseSpec)]
+    from luthier.data.source import Source
+
+    return [one.name for one in fields(Source if place[-1] in ("train", "validation", "test") else Task)]
+
+
+def differing_key(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The first key in which two recipes differ."""
+    for key in dict.fromkeys([*ours, *theirs]):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            if found := differing_key(a, b, f"{prefix}{key}."):
+                return found
+        elif a != b:
+            return f"{prefix}{key}"
+    return None
+
+
+__all__ = ["Recipe", "Tuning", "differing_key", "load_recipe", "make_recipe", "recipe_schema", "recipe_yaml"]

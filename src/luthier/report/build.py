@@ -1,0 +1,135 @@
+"""From the stages' results to one report."""
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from luthier.evaluation.bootstrap import paired_difference
+from luthier.recipe import Recipe
+from luthier.report.answer import answer
+from luthier.report.schema import SCHEMA_VERSION, Difference, ExampleReport, Report, Retention, Score, TuningReport
+
+SHOWN_EXAMPLES = 3
+
+
+def build_report(
+    recipe: Recipe,
+    environment: dict[str, Any],
+    baseline: dict[str, Any],
+    results: dict[str, dict[str, Any]],
+    predictions: dict[str, list[dict[str, Any]]],
+) -> Report:
+    """Compare the tunings of a run; `results` and `predictions` are by tuning, as the stages wrote them."""
+    task = recipe.task
+    metric = task.judged_by[-1]
+    base = next(iter(results.values()))["base"]
+    tunings = {
+        name: _tuning(recipe, name, result, predictions.get(name, []), baseline, base["parameters"])
+        for name, result in results.items()
+    }
+    comparisons = [_difference(results, ours, theirs, task.name, metric) for theirs, ours in combinations(results, 2)]
+    retention = [
+        _retention(name, kept.name, baseline, result)
+        for name, result in results.items()
+        for kept in recipe.retention
+        if kept.name in result["scores"]
+    ]
+    report = Report(
+        schema_version=SCHEMA_VERSION,
+        task=task.name,
+        metric=metric,
+        answer="",
+        base=base,
+        base_scores={name: _scores(found) for name, found in baseline["scores"].items()},
+        tunings=tunings,
+        comparisons=comparisons,
+        retention=retention,
+        examples=_examples(predictions),
+        recipe=recipe.model_dump(mode="json"),
+        environment=environment,
+    )
+    return report.model_copy(update={"answer": answer(report)})
+
+
+def _tuning(
+    recipe: Recipe,
+    name: str,
+    result: dict[str, Any],
+    predictions: list[dict[str, Any]],
+    baseline: dict[str, Any],
+    base_parameters: int,
+) -> TuningReport:
+    scores = {task: _scores(found) for task, found in result["scores"].items()}
+    if not result["trainable_parameters"]:  # nothing was changed, so nothing was forgotten
+        scores |= {task: _scores(found) for task, found in baseline["scores"].items()}
+    return TuningReport(
+        method=result["method"],
+        settings=recipe.model_dump(mode="json")["tunings"][name],
+        trainable_parameters=result["trainable_parameters"],
+        trainable_share=result["trainable_parameters"] / base_parameters,
+        file_bytes=result["file_bytes"],
+        train_seconds=result["train_seconds"],
+        train_tokens=result.get("train_tokens", 0),
+        score_seconds=sum(found["seconds"] for found in result["scores"].values()),
+        steps=result["steps"],
+        learning_rate=result.get("learning_rate"),
+        peak_memory_bytes=result["peak_memory_bytes"],
+        memory_after_import_bytes=result["memory_after_import_bytes"],
+        validation_loss=result["validation_loss"],
+        validation_accuracy=result["validation_accuracy"],
+        prompt_tokens=float(np.mean([line["prompt_tokens"] for line in predictions])) if predictions else 0.0,
+        shots=result["shots"],
+        cut=result["cut"],
+        history=result["history"],
+        scores=scores,
+    )
+
+
+def _scores(found: dict[str, Any]) -> dict[str, Score]:
+    return {metric: Score(**entry) for metric, entry in found["metrics"].items()}
+
+
+def _values(result: dict[str, Any], task: str, metric: str) -> np.ndarray:
+    return np.array(result["scores"][task]["values"][metric])
+
+
+def _difference(results: dict[str, Any], ours: str, theirs: str, task: str, metric: str) -> Difference:
+    found = paired_difference(_values(results[ours], task, metric), _values(results[theirs], task, metric))
+    return Difference(
+        ours=ours, theirs=theirs, task=task, metric=metric, value=found.value, low=found.low, high=found.high
+    )
+
+
+def _retention(name: str, task: str, baseline: dict[str, Any], result: dict[str, Any]) -> Retention:
+    metric = list(result["scores"][task]["metrics"])[-1]
+    found = paired_difference(_values(result, task, metric), _values(baseline, task, metric))
+    return Retention(
+        task=task,
+        tuning=name,
+        metric=metric,
+        before=Score(**baseline["scores"][task]["metrics"][metric]),
+        after=Score(**result["scores"][task]["metrics"][metric]),
+        difference=found.value,
+        low=found.low,
+        high=found.high,
+    )
+
+
+def _examples(predictions: dict[str, list[dict[str, Any]]]) -> list[ExampleReport]:
+    """The first examples of the test split: not chosen, so they flatter nobody."""
+    by_name = {name: {line["id"]: line for line in lines} for name, lines in predictions.items()}
+    first = next((lines for lines in predictions.values() if lines), [])
+    plain = next((name for name, lines in predictions.items() if lines), "")
+    shown = []
+    for line in first[:SHOWN_EXAMPLES]:
+        outputs = {name: lines[line["id"]]["prediction"] for name, lines in by_name.items() if line["id"] in lines}
+        shown.append(
+            ExampleReport(
+                id=line["id"],
+                prompt=by_name[plain][line["id"]]["input"],
+                references=line["references"],
+                outputs=outputs,
+            )
+        )
+    return shown

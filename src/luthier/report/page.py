@@ -1,0 +1,59 @@
+"""report.html: one self-contained page, no script from elsewhere, readable on a phone and on paper."""
+
+from pathlib import Path
+
+import jinja2
+import yaml
+
+from luthier.report.charts import Bar, bars, lines, smooth
+from luthier.report.schema import Report, TuningReport
+from luthier.report.table import short, size
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def page(report: Report) -> str:
+    """The report as HTML."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"short": short, "size": size}
+    metrics = [metric for metric in next(iter(report.tunings.values())).scores[report.task] if metric != "loss"]
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        report=report,
+        metrics=metrics,
+        rouge=[(metric, _metric_bars(report, metric)) for metric in metrics],
+        training_loss=_curve(report, "loss", "training loss (smoothed)", "nats per target token"),
+        validation_loss=_curve(report, "validation_loss", "validation loss", "nats per target token"),
+        accuracy=_curve(report, "validation_accuracy", "validation accuracy of the next token", "share"),
+        retained=list(dict.fromkeys(one.task for one in report.retention)),
+        signatures=_signatures(report),
+        recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
+        environment=yaml.safe_dump(report.environment, sort_keys=False, allow_unicode=True),
+    )
+
+
+def _metric_bars(report: Report, metric: str) -> str:
+    rows = []
+    for name, tuning in report.tunings.items():
+        score = tuning.scores[report.task][metric]
+        rows.append(Bar(name, score.value * 100, score.low * 100, score.high * 100))
+    return bars(rows, f"{metric} on {report.task}")
+
+
+def _curve(report: Report, key: str, title: str, unit: str) -> str:
+    series = {}
+    for name, tuning in report.tunings.items():
+        points = _points(tuning, key)
+        if points:
+            series[name] = smooth(points) if key == "loss" else points
+    return lines(series, title, "step", unit) if series else ""
+
+
+def _points(tuning: TuningReport, key: str) -> list[tuple[float, float]]:
+    return [(event["step"], event[key]) for event in tuning.history if key in event]
+
+
+def _signatures(report: Report) -> list[tuple[str, str, str]]:
+    tuning = next(iter(report.tunings.values()))
+    return [
+        (task, metric, score.signature) for task, scores in tuning.scores.items() for metric, score in scores.items()
+    ]

@@ -1,0 +1,110 @@
+"""The shape of report.json. Stable: a key is added with a new minor, changed with a new `schema_version`."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Score(_Part):
+    """A metric on a test split: value with its 95 % interval (bootstrap over examples), reproducible by signature."""
+
+    value: float = Field(description="Mean over the examples; 0-1, but for `loss`: nats per target token.")
+    low: float
+    high: float
+    signature: str
+    precision: float | None = Field(None, description="ROUGE only.")
+    recall: float | None = Field(None, description="ROUGE only.")
+
+
+class Shots(_Part):
+    """Examples shown in the prompt: asked for, the fewest that fitted, and the mean over test prompts."""
+
+    asked: int
+    least: int
+    mean: float
+
+
+class TuningReport(_Part):
+    """One tuning: what it cost and what it reached."""
+
+    method: str
+    settings: dict[str, Any]
+    trainable_parameters: int
+    trainable_share: float = Field(description="Of the base's parameters, 0-1.")
+    file_bytes: int
+    train_seconds: float
+    train_tokens: int
+    score_seconds: float
+    steps: int
+    learning_rate: float | None
+    peak_memory_bytes: int | None = Field(description="Of its own process; null where it had none of its own.")
+    memory_after_import_bytes: int | None
+    validation_loss: float | None = Field(description="Nats per target token, of the weights kept.")
+    validation_accuracy: float | None = Field(description="Next-token accuracy on validation targets, 0-1.")
+    prompt_tokens: float = Field(description="Mean tokens of a test prompt.")
+    shots: Shots
+    cut: int = Field(description="Training prompts that lost their middle to fit max_length.")
+    history: list[dict[str, Any]]
+    scores: dict[str, dict[str, Score]]
+
+
+class Difference(_Part):
+    """Paired bootstrap of `ours` minus `theirs` on the same test examples, 95 % interval."""
+
+    ours: str
+    theirs: str
+    task: str
+    metric: str
+    value: float
+    low: float
+    high: float
+
+
+class Retention(_Part):
+    """A retention task before and after a tuning, on the same examples."""
+
+    task: str
+    tuning: str
+    metric: str
+    before: Score
+    after: Score
+    difference: float
+    low: float
+    high: float
+
+
+class ExampleReport(_Part):
+    """A test example with what each tuning answered."""
+
+    id: str
+    prompt: str
+    references: list[str]
+    outputs: dict[str, str]
+
+
+class Report(_Part):
+    """Everything one run found."""
+
+    schema_version: int
+    task: str
+    metric: str = Field(description="The metric that the answer and the comparisons are about.")
+    answer: str = Field(description="The finding in one or two sentences.")
+    base: dict[str, Any]
+    base_scores: dict[str, dict[str, Score]] = Field(description="The untouched base on the retention tasks.")
+    tunings: dict[str, TuningReport]
+    comparisons: list[Difference]
+    retention: list[Retention]
+    examples: list[ExampleReport]
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+
+
+def report_schema() -> dict[str, Any]:
+    """JSON schema of report.json."""
+    return Report.model_json_schema()

@@ -1,0 +1,89 @@
+"""The comparison as a terminal table, at 80 columns and wider."""
+
+from rich.console import Console
+from rich.table import Table
+
+from luthier.report.schema import Report
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print the answer, the scores, the costs and what was forgotten."""
+    console.print(f"\n[bold]{report.answer}[/bold]\n")
+    console.print(_scores(report))
+    console.print(_costs(report))
+    if report.retention:
+        console.print(_forgetting(report))
+
+
+def _scores(report: Report) -> Table:
+    metrics = [metric for metric in next(iter(report.tunings.values())).scores[report.task] if metric != "loss"]
+    table = Table(title=f"{report.task}: test scores x100, main metric with 95 % interval", title_justify="left")
+    table.add_column("tuning")
+    for metric in metrics:
+        table.add_column(short(metric), justify="right", no_wrap=True)
+    table.add_column("val loss", justify="right")
+    for name, tuning in report.tunings.items():
+        scores = tuning.scores[report.task]
+        cells = []
+        for metric in metrics:
+            score = scores[metric]
+            text = f"{score.value * 100:.1f}"
+            if metric == report.metric:
+                text += f" [{score.low * 100:.1f}, {score.high * 100:.1f}]".replace("[", "\\[")
+            cells.append(text)
+        loss = "-" if tuning.validation_loss is None else f"{tuning.validation_loss:.3f}"
+        table.add_row(name, *cells, loss)
+    return table
+
+
+def _costs(report: Report) -> Table:
+    table = Table(title="cost", title_justify="left")
+    for column in ("tuning", "trained", "share", "seconds", "peak memory", "on disk", "prompt tok"):
+        table.add_column(column, justify="left" if column == "tuning" else "right")
+    for name, tuning in report.tunings.items():
+        table.add_row(
+            name,
+            f"{tuning.trainable_parameters:,}",
+            f"{tuning.trainable_share:.2%}",
+            f"{tuning.train_seconds:.0f}",
+            "-" if tuning.peak_memory_bytes is None else size(tuning.peak_memory_bytes),
+            size(tuning.file_bytes),
+            f"{tuning.prompt_tokens:.0f}",
+        )
+    return table
+
+
+def _forgetting(report: Report) -> Table:
+    table = Table(title="retention: before -> after (change, 95 % interval)", title_justify="left")
+    tasks = list(dict.fromkeys(one.task for one in report.retention))
+    table.add_column("tuning")
+    for task in tasks:
+        table.add_column(task, justify="right")
+    for name in dict.fromkeys(one.tuning for one in report.retention):
+        cells = []
+        for task in tasks:
+            one = next(one for one in report.retention if one.tuning == name and one.task == task)
+            if one.metric == "loss":
+                cells.append(f"{one.before.value:.2f} -> {one.after.value:.2f} nats")
+            else:
+                cells.append(
+                    f"{one.before.value * 100:.1f} -> {one.after.value * 100:.1f} "
+                    f"\\[{one.low * 100:+.1f}, {one.high * 100:+.1f}]"
+                )
+        table.add_row(name, *cells)
+    return table
+
+
+def short(metric: str) -> str:
+    """A column heading for a metric."""
+    return {"rouge1": "R-1", "rouge2": "R-2", "rougeL": "R-L", "rougeLsum": "R-Lsum"}.get(metric, metric)
+
+
+def size(count: int) -> str:
+    """Bytes in the unit a person reads."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000 or unit == "GB":
+            return f"{amount:.0f} {unit}" if unit in ("B", "kB") else f"{amount:.1f} {unit}"
+        amount /= 1000
+    raise AssertionError

@@ -1,0 +1,103 @@
+"""The main job: one recipe in, one comparison out."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from luthier.data.task import load_examples
+from luthier.directory import BASELINE, RunDirectory
+from luthier.errors import Interrupted, UserError
+from luthier.files import write_json, write_whole
+from luthier.recipe import Recipe
+from luthier.report.build import build_report
+from luthier.report.page import page
+from luthier.report.schema import Report
+
+
+def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool = True) -> Report:
+    """Score the base, train and score each tuning of the recipe, and write the comparison into `out`.
+
+    With `isolate` each tuning has its own process, and its peak memory is its own; without, all share this
+    one. A stopped run goes on with `resume`. Raises UserError for a mistake in the recipe or its data
+    (nothing is written then) and Interrupted when a signal stopped it (its state is saved).
+    """
+    for task in (recipe.task, *recipe.retention):
+        examples = load_examples(task, Path(recipe.data), recipe.seed)
+        if not examples.test:
+            raise UserError(f"The test split of task {task.name!r} has no rows. Set `test` to a file or a share.")
+    directory = RunDirectory.create(Path(out), recipe, resume)
+    stages = ([BASELINE] if recipe.retention else []) + list(recipe.tunings)
+    for name in stages:
+        if directory.result(name) is None:
+            _run_one(directory, name, isolate)
+    return _report(directory, recipe)
+
+
+def _run_one(directory: RunDirectory, name: str, isolate: bool) -> None:
+    try:
+        if isolate:
+            _in_own_process(directory, name)
+        else:
+            from luthier.stage import run_stage
+
+            run_stage(directory, name)
+    except UserError:
+        if not directory.started():
+            directory.remove()  # nothing was found yet: leave no half-written run behind
+        raise
+
+
+def _in_own_process(directory: RunDirectory, name: str) -> None:
+    """Run a stage as a child; a stop signal is passed on, and the child saves before it ends."""
+    message = directory.path / ".error"
+    message.unlink(missing_ok=True)
+    child = subprocess.Popen([sys.executable, "-m", "luthier.stage", str(directory.path), name])
+    in_main_thread = _forward_signals(child)
+    try:
+        code = child.wait()
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            child.wait()
+        for number, handler in in_main_thread.items():
+            signal.signal(number, handler)
+    if code == 0:
+        return
+    said = message.read_text(encoding="utf-8") if message.is_file() else ""
+    message.unlink(missing_ok=True)
+    if code == 2:
+        raise UserError(said)
+    if said:
+        raise Interrupted(said)
+    if code < 0:
+        raise UserError(
+            f"The process of {name!r} was killed ({signal.Signals(-code).name}); what was saved is kept. If memory ran "
+            "out, lower training.micro_batch_tokens or max_length. Then continue with --resume."
+        )
+    raise RuntimeError(f"the stage {name!r} failed with exit code {code}; see the traceback above")
+
+
+def _forward_signals(child: "subprocess.Popen[bytes]") -> dict[int, object]:
+    handlers: dict[int, object] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            handlers[number] = signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))
+        except ValueError:  # not in the main thread: its owner deals with signals
+            break
+    return handlers
+
+
+def _report(directory: RunDirectory, recipe: Recipe) -> Report:
+    results = {name: directory.result(name) or {} for name in recipe.tunings}
+    report = build_report(
+        recipe,
+        directory.environment(),
+        directory.result(BASELINE) or {"scores": {}},
+        results,
+        {name: directory.predictions(name) for name in recipe.tunings},
+    )
+    write_json(directory.path / "report.json", report.model_dump(mode="json"))
+    write_whole(directory.path / "report.html", page(report).encode())
+    directory.forget_checkpoints()
+    return report

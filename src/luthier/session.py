@@ -1,0 +1,82 @@
+"""Using a finished run: one base in memory, its tunings by name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from luthier.data.task import Example
+from luthier.data.template import Template
+from luthier.directory import RunDirectory
+from luthier.errors import UserError, nearest
+from luthier.models.base import BaseModel
+from luthier.models.generate import generate
+from luthier.tuning import FewShot, Method
+from luthier.tuning.files import load_tuning
+
+
+class Session:
+    """A run opened for use. Naming another tuning switches the task on the same loaded base."""
+
+    def __init__(self, run: str | Path):
+        self.directory = RunDirectory.open(Path(run))
+        self.recipe = self.directory.recipe()
+        self.base = BaseModel.load(self.recipe.base)
+        self.encoder = self.recipe.encoder(self.base.tokenizer, self.base.encoder_decoder, self.base.context)
+
+    def generate(
+        self, texts: Sequence[str], tuning: str | None = None, *, raw: bool = False, max_new_tokens: int | None = None
+    ) -> list[str]:
+        """Answer texts with a tuning of the run (None: the bare base), greedily.
+
+        A text fills the task's template where that has a single variable; with `raw` it is the prompt
+        itself. Raises UserError for an unknown tuning and for a prompt longer than the context.
+        """
+        reserve = self._use(tuning)
+        new_tokens = max_new_tokens or self.recipe.task.max_new_tokens
+        prompts = []
+        for number, text in enumerate(texts, 1):
+            prompt = self.encoder.prompt_ids(self._example(text, raw, number))
+            room = self.encoder.max_length - reserve - (0 if self.encoder.encoder_decoder else new_tokens)
+            if len(prompt) > room:
+                raise UserError(
+                    f"Text {number} makes a prompt of {len(prompt)} tokens; {room} fit into {self.encoder.max_length} "
+                    f"less {new_tokens} for the answer{f' and {reserve} virtual tokens' if reserve else ''}. Shorten it, "
+                    "lower --max-new-tokens or raise max_length in the recipe."
+                )
+            prompts.append(prompt)
+        return [self.encoder.decode(ids) for ids in generate(self.base, prompts, new_tokens, self.encoder.stops)]
+
+    def _use(self, tuning: str | None) -> int:
+        if tuning is None:
+            self.base.use(None)
+            return 0
+        if tuning not in self.recipe.tunings:
+            raise UserError(
+                f"The run {self.directory.path} holds no tuning {tuning!r}. {nearest(tuning, self.recipe.tunings)}"
+            )
+        method = self.recipe.tunings[tuning].method
+        if isinstance(method, FewShot):
+            raise UserError(
+                f"{tuning!r} shows training examples in its prompt and saved nothing. Use a trained tuning, or put "
+                "the examples into the text with --raw."
+            )
+        if not isinstance(method, Method):
+            self.base.use(None)
+            return 0
+        if tuning not in self.base.methods:
+            load_tuning(self.base, self.directory.tuning(tuning), tuning)
+        self.base.use(tuning)
+        return method.virtual_tokens()
+
+    def _example(self, text: str, raw: bool, number: int) -> Example:
+        task = self.recipe.task
+        prompt = text
+        if not raw:
+            template = Template(task.template)
+            variables = template.prompt_variables()
+            if len(variables) != 1:
+                raise UserError(
+                    f"The template of task {task.name!r} uses {len(variables)} variables in its prompt "
+                    f"({', '.join(sorted(variables))}), so a single text cannot fill it. Give the whole prompt with --raw."
+                )
+            prompt = template.render_prompt({variables.pop(): text}, f"text {number}")
+        return Example(f"text {number}", prompt, "", system=task.system)

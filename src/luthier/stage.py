@@ -1,0 +1,247 @@
+"""One stage of a run: load the base, adapt it by one tuning, score it, write what was found.
+
+A stage runs in a fresh process (`python -m luthier.stage RUN NAME`), so that its peak memory is its own;
+in the same process where a caller wants that.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.data.shots import choose_shots, with_shots
+from luthier.data.task import Example, Examples, Task, load_examples
+from luthier.directory import BASELINE, RunDirectory
+from luthier.encoding.batches import encode_all
+from luthier.encoding.encoder import Encoded, Encoder
+from luthier.errors import Interrupted, UserError
+from luthier.evaluation.score import answer, loss_and_accuracy, losses, measure
+from luthier.models.base import BaseModel
+from luthier.models.memory import peak_bytes, resident_bytes
+from luthier.progress import Progress
+from luthier.recipe import Recipe
+from luthier.training.log import log_hooks
+from luthier.training.loop import Validation, train
+from luthier.tuning import Method, Prompting, attach, parameters
+from luthier.tuning.files import load_tuning, pack
+
+EXIT_INTERRUPTED = 3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every step of a stage needs."""
+
+    directory: RunDirectory
+    recipe: Recipe
+    base: BaseModel
+    encoder: Encoder
+    examples: Examples
+    progress: Progress
+    should_stop: Callable[[], bool]
+
+
+def run_stage(directory: RunDirectory, name: str, should_stop: Callable[[], bool] = lambda: False) -> None:
+    """Run one stage: a tuning of the recipe, or the baseline. Its result file is written last."""
+    after_import = resident_bytes()
+    recipe = directory.recipe()
+    examples = load_examples(recipe.task, Path(recipe.data), recipe.seed)
+    with Progress(name) as progress:
+        progress.say("loading the base")
+        base = BaseModel.load(recipe.base)
+        encoder = recipe.encoder(base.tokenizer, base.encoder_decoder, base.context)
+        stage = Stage(directory, recipe, base, encoder, examples, progress, should_stop)
+        if name == BASELINE:
+            result = {"scores": _score_retention(stage, name, 0)}
+        else:
+            method = recipe.tunings[name].method
+            result = _prompting(stage, name, method) if isinstance(method, Prompting) else _tuning(stage, name, method)
+        result |= {"memory_after_import_bytes": after_import, "base": _describe(base)}
+    directory.save_result(name, result)
+
+
+def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
+    """Score the base as it is; its retention is the baseline's, for nothing was changed."""
+    asked = method.shot_count()
+    shots = choose_shots(stage.examples.train, asked, stage.recipe.seed) if asked else []
+    budget = stage.encoder.max_length - stage.recipe.task.max_new_tokens
+    prepared = {
+        split: [with_shots(example, shots, budget, stage.encoder.count) for example in examples]
+        for split, examples in (("validation", stage.examples.validation), ("test", stage.examples.test))
+    }
+    kept = [len(example.shots) for example in prepared["test"]]
+    if asked and min(kept) < asked:
+        stage.progress.say(
+            f"{sum(count < asked for count in kept)} of {len(kept)} prompts hold fewer than {asked} shots "
+            f"(least {min(kept)}): the limit is {stage.encoder.max_length} tokens"
+        )
+    validation = _encode(stage, prepared["validation"], 0, "validation")
+    loss, accuracy = loss_and_accuracy(stage.base, validation) if validation else (None, None)
+    scores = _score(stage, name, stage.recipe.task, prepared["test"], 0)
+    return {
+        "method": method.method,
+        "trainable_parameters": 0,
+        "file_bytes": 0,
+        "train_seconds": 0.0,
+        "steps": 0,
+        "peak_memory_bytes": peak_bytes(),
+        "validation_loss": loss,
+        "validation_accuracy": accuracy,
+        "shots": {"asked": asked, "least": min(kept), "mean": sum(kept) / len(kept)},
+        "scores": {stage.recipe.task.name: scores},
+        "history": [],
+        "cut": 0,
+    }
+
+
+def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
+    """Train a tuning (or take up one that was trained before a stop), save it and score it."""
+    base, recipe, directory = stage.base, stage.recipe, stage.directory
+    reserve = method.virtual_tokens()
+    if not stage.examples.train:
+        raise UserError(
+            f"{name!r} has to be trained, but the task {recipe.task.name!r} has no training rows (`train`)."
+        )
+    validation = _encode(stage, stage.examples.validation, reserve, "validation")
+    trained = directory.result(f"{name}.trained")
+    if trained is None:
+        attach(base, name, method, recipe.seed)
+        rows = _encode(stage, stage.examples.train, reserve, "training")
+        settings = recipe.tunings[name].training
+        stage.progress.begin("training", settings.steps(len(rows)))
+        with log_hooks(directory.log(name), directory.path / "tensorboard" / name) as hooks:
+            done = train(
+                base,
+                name,
+                rows,
+                settings,
+                recipe.seed,
+                directory.checkpoints(name),
+                validate=(lambda: Validation(*loss_and_accuracy(base, validation))) if validation else None,
+                hooks=[stage.progress.training, *hooks],
+                should_stop=stage.should_stop,
+            )
+        directory.save_log(name, done.history)
+        peak = peak_bytes()
+        loss, accuracy = loss_and_accuracy(base, validation) if validation else (None, None)
+        trained = {
+            "method": method.method,
+            "trainable_parameters": sum(parameter.numel() for parameter in parameters(base, name).values()),
+            "file_bytes": directory.save_tuning(name, pack(base, name)),
+            "train_seconds": done.seconds,
+            "train_tokens": done.tokens,
+            "steps": done.step,
+            "best_step": done.best_step or done.step,
+            "learning_rate": settings.learning_rate or method.defaults.learning_rate,
+            "peak_memory_bytes": peak,
+            "validation_loss": loss,
+            "validation_accuracy": accuracy,
+            "shots": {"asked": 0, "least": 0, "mean": 0.0},
+            "history": done.history,
+            "cut": sum(bool(row.cut) for row in rows),
+        }
+        directory.save_result(f"{name}.trained", trained)
+    else:
+        load_tuning(base, directory.tuning(name), name)
+    base.use(name)
+    scores = {recipe.task.name: _score(stage, name, recipe.task, stage.examples.test, reserve)}
+    return {**trained, "scores": scores | _score_retention(stage, name, reserve)}
+
+
+def _score_retention(stage: Stage, name: str, reserve: int) -> dict[str, Any]:
+    scores = {}
+    for task in stage.recipe.retention:
+        examples = load_examples(task, Path(stage.recipe.data), stage.recipe.seed)
+        scores[task.name] = _score(stage, name, task, examples.test, reserve)
+    return scores
+
+
+def _score(stage: Stage, name: str, task: Task, examples: Sequence[Example], reserve: int) -> dict[str, Any]:
+    """Answer a task's test examples; write the predictions; return the report's entries and values."""
+    if not examples:
+        raise UserError(f"The test split of task {task.name!r} has no rows.")
+
+    def tell(done: int, of: int) -> None:
+        stage.progress.advance(done, of)
+        if stage.should_stop():
+            raise Interrupted(f"Scoring {name!r} was stopped; what was trained is saved.")
+
+    started = time.perf_counter()
+    stage.progress.begin(f"scoring {task.name}", len(examples))
+    entries: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    named = [metric for metric in task.judged_by if metric != "loss"]
+    if "loss" in task.judged_by:
+        entries["loss"], values["loss"] = losses(stage.base, _encode(stage, examples, reserve, task.name))
+    if named:
+        predictions = answer(stage.base, stage.encoder, examples, task.max_new_tokens, reserve, tell)
+        more, each = measure(predictions, named)
+        entries, values = entries | more, values | each
+        lines = [
+            {
+                "id": found.id,
+                "input": found.input,
+                "prompt": found.prompt,
+                "prompt_tokens": found.prompt_tokens,
+                "prediction": found.prediction,
+                "references": list(found.references),
+            }
+            for found in predictions
+        ]
+        stage.directory.save_predictions(name, task.name, lines)
+    return {
+        "metrics": entries,
+        "values": {metric: [float(one) for one in each] for metric, each in values.items()},
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _encode(stage: Stage, examples: Sequence[Example], reserve: int, what: str) -> list[Encoded]:
+    cut: list[str] = []
+    rows = encode_all(stage.encoder, examples, reserve, on_cut=lambda row: cut.append(row.id))
+    if cut:
+        stage.progress.say(
+            f"{len(cut)} of {len(rows)} {what} prompts lost their middle to fit {stage.encoder.max_length} tokens: "
+            f"{', '.join(cut[:3])}{' ...' if len(cut) > 3 else ''}"
+        )
+    return rows
+
+
+def _describe(base: BaseModel) -> dict[str, Any]:
+    return {
+        "model": base.spec.model,
+        "family": base.family,
+        "parameters": base.parameter_count,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "device": str(base.device),
+        "fingerprint": base.fingerprint(),
+        "packed": base.packs,
+    }
+
+
+def main(path: str, name: str) -> int:
+    """Run a stage as this process's only job; a stop signal saves first. Returns the exit code."""
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: asked.append(received))
+    directory = RunDirectory.open(Path(path))
+    try:
+        run_stage(directory, name, should_stop=lambda: bool(asked))
+    except UserError as error:
+        (directory.path / ".error").write_text(str(error), encoding="utf-8")
+        return 2
+    except Interrupted as stop:
+        (directory.path / ".error").write_text(str(stop), encoding="utf-8")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(*sys.argv[1:3])
+    sys.stdout.flush()
+    # Skip the interpreter's slow tear-down of a large heap: everything is on disk.
+    os._exit(code)

@@ -1,0 +1,55 @@
+"""Checkpoints: one safetensors file, written whole or not at all, from which a run ends in the same bits."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from luthier.files import write_whole
+
+
+@dataclass
+class Progress:
+    """Where training stands, besides its tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    best_loss: float | None = None
+    best_step: int = 0
+    without_gain: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_checkpoint(
+    path: Path, progress: Progress, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+) -> None:
+    """Write weights, optimizer state, random generators and position atomically."""
+    tensors = {f"weight.{key}": tensor for key, tensor in weights.items()}
+    tensors |= {f"optimizer.{key}": tensor for key, tensor in optimizer.items()}
+    tensors["generator.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["generator.cuda"] = torch.cuda.get_rng_state()
+    flat = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    write_whole(path, save(flat, metadata={"progress": json.dumps(asdict(progress))}))
+
+
+def read_checkpoint(path: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
+    """Read progress, weights and optimizer state; set the random generators as they were."""
+    with safe_open(path, framework="pt") as file:
+        progress = Progress(**json.loads(file.metadata()["progress"]))
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+    torch.set_rng_state(tensors["generator.cpu"])
+    if torch.cuda.is_available() and "generator.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["generator.cuda"])
+    return progress, _part(tensors, "weight."), _part(tensors, "optimizer.")
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
