@@ -151,7 +151,7 @@ def make(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, blocks:
                 bos_token_id=1,
                 eos_token_id=2,
                 dropout=0.0,
-            )  # fmt: skip
+            )
         )
     elif family == "t5":
         model = T5ForConditionalGeneration(T5Config(**t5, feed_forward_proj="relu", tie_word_embeddings=True))

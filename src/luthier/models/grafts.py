@@ -49,6 +49,7 @@ class Grafted(nn.Module):
         self.route = route
 
     def forward(self, x: Tensor) -> Tensor:
+        """The base's output with each segment's delta."""
         y = self.base(x)
         parts = self.route.parts
         if len(parts) == 1:
@@ -56,11 +57,14 @@ class Grafted(nn.Module):
             return self.deltas[name](x, y) if name in self.deltas else y
         if not any(name in self.deltas for name, _ in parts):
             return y
+        # Some blocks flatten (rows, L, D) to (rows L, D) inside: there each row takes L places.
+        axis = self.route.axis if x.dim() > 2 else 0
+        stretch = x.shape[axis] // parts[-1][1].stop
         pieces = []
         for name, part in parts:
-            here = (slice(None),) * self.route.axis + (part,)
+            here = (slice(None),) * axis + (slice(part.start * stretch, part.stop * stretch),)
             pieces.append(self.deltas[name](x[here], y[here]) if name in self.deltas else y[here])
-        return torch.cat(pieces, dim=self.route.axis)
+        return torch.cat(pieces, dim=axis)
 
     @property
     def weight(self) -> Tensor:

@@ -1,0 +1,107 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from luthier.data.library import task_files
+from luthier.data.shots import choose_shots, with_shots
+from luthier.data.source import Source
+from luthier.data.task import Example, Task, load_examples
+from luthier.errors import UserError
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "train.jsonl", [{"q": f"q{n}", "a": f"a{n}"} for n in range(40)])
+    return tmp_path
+
+
+TEMPLATE = "Ask {{ q }} ||| {{ a }}"
+
+
+def test_shares_split_once_by_seed_and_cover_every_row(folder: Path) -> None:
+    task = Task(template=TEMPLATE, train=Source("train.jsonl"), validation=0.25, test=6)
+    first, again, other = (load_examples(task, folder, seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    ids = [example.id for split in (first.train, first.validation, first.test) for example in split]
+    assert (len(first.train), len(first.validation), len(first.test)) == (24, 10, 6)
+    assert sorted(ids) == sorted({f"train.jsonl:{n}" for n in range(1, 41)})
+
+
+def test_references_come_from_columns_else_the_completion(folder: Path) -> None:
+    write(folder / "test.jsonl", [{"q": "q", "a": "a", "r1": "x", "r2": "y"}])
+    plain = Task(template=TEMPLATE, test=Source("test.jsonl"), validation=0)
+    several = Task(template=TEMPLATE, test=Source("test.jsonl"), validation=0, references=["r1", "r2"])
+    assert load_examples(plain, folder, 0).test[0].references == ("a",)
+    assert load_examples(several, folder, 0).test[0].references == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"template": "{{ q }} ||| {{ nothing }}"}, "no column 'nothing'"),
+        ({"template": "{{ q }} ||| "}, "All 36 targets of the train split.*are empty"),
+        ({"template": "{{ q }}"}, "no completion"),
+        ({"validation": 0.001}, "leaves no validation rows"),
+        ({"validation": 0.5, "test": 0.5}, "no row is left to train on"),
+        ({"choices": ["a1", "a2"]}, "not among the choices"),
+    ],
+)
+def test_tasks_that_cannot_work_are_refused(folder: Path, change: dict, message: str) -> None:
+    settings = {"template": TEMPLATE, "train": Source("train.jsonl"), "validation": 0, "test": 4, **change}
+    with pytest.raises(UserError, match=message):
+        load_examples(Task(**settings), folder, 0)
+
+
+def test_shots_are_drawn_by_seed_and_fitted_to_the_budget() -> None:
+    train = [Example(str(n), f"q{n}", f"a{n}") for n in range(10)]
+    shots = choose_shots(train, 3, seed=4)
+    assert shots == choose_shots(train, 3, seed=4)
+    assert len(set(shots)) == 3
+    assert shots != choose_shots(train, 3, seed=5)
+    count = lambda example: 10 + 20 * len(example.shots)  # noqa: E731
+    fitted = [len(with_shots(train[0], shots, budget, count).shots) for budget in (10, 49, 50, 70, 700)]
+    assert fitted == [0, 1, 2, 3, 3]
+    with pytest.raises(UserError, match="11 asked for, but the training split has 10"):
+        choose_shots(train, 11, seed=0)
+
+
+def test_every_task_of_the_library_loads_with_the_promised_rows() -> None:
+    from luthier.recipe import make_recipe
+
+    sizes = {}
+    for name in task_files():
+        recipe = make_recipe({"task": name, "tunings": ["zero_shot"], "retention": []})
+        examples = load_examples(recipe.task, Path("."), 0)
+        sizes[name] = (len(examples.train), len(examples.validation), len(examples.test))
+        texts = [example.prompt for split in (examples.train, examples.validation, examples.test) for example in split]
+        assert len(set(texts)) == len(texts), f"{name} repeats a row"
+    assert sizes["support-dialogues"] == (100, 20, 30)
+    reviews = [sizes[f"product-reviews/{task}"] for task in ("rating", "writing", "headline")]
+    assert reviews[0] == reviews[1] == reviews[2]
+    assert sum(reviews[0]) >= 150
+    assert all(sizes[name][2] >= 200 for name in ("topics", "knowledge"))
+    assert sizes["instructions"][2] >= 100
+
+
+def test_support_dialogues_keep_their_shape() -> None:
+    from luthier.data.library import FOLDER
+
+    count = 0
+    for split in ("train", "validation", "test"):
+        for line in (FOLDER / "support-dialogues" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            turns = row["dialogue"].split("\n")
+            speakers = {turn.split(":")[0] for turn in turns}
+            assert 4 <= len(turns) <= 16, row["dialogue"]
+            assert 2 <= len(speakers) <= 4, speakers
+            assert all(": " in turn for turn in turns)
+            if split == "test":
+                assert row["summary"] != row["summary2"]
+            count += 1
+    assert count >= 150

@@ -1,0 +1,58 @@
+import pytest
+
+from luthier.data.template import Template, choices_of
+from luthier.errors import UserError
+
+
+def test_prompt_and_completion_are_stripped_and_fields_never_split() -> None:
+    found = Template(" Sum up: {{ text }} \n||| {{ summary }} \n").render({"text": "a ||| b", "summary": " s "}, "row")
+    assert (found.prompt, found.completion) == ("Sum up: a ||| b", "s")
+
+
+def test_html_is_not_escaped() -> None:
+    assert Template("{{ t }} ||| x").render({"t": "<a> & 'b'"}, "row").prompt == "<a> & 'b'"
+
+
+def test_no_separator_means_no_completion() -> None:
+    assert Template("{{ t }}").render({"t": "x"}, "row").completion is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{{ dialog }} ||| {{ s }}", r"no column 'dialog'.*Did you mean 'dialogue'"),
+        ("{{ dialogue }} ||| {{ zzz }}", r"no column 'zzz'.*dialogue, s"),
+        ("{{ dialogue.title.x }} ||| s", "lacks"),
+        ("a ||| b ||| c", "3 parts"),
+        ("{{ 1 / 0 }} ||| b", "ZeroDivisionError"),
+    ],
+)
+def test_what_a_row_cannot_fill_is_explained(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Template(text).render({"dialogue": "d", "s": "t"}, "file:3")
+
+
+def test_broken_jinja_names_the_line() -> None:
+    with pytest.raises(UserError, match="not valid Jinja, line 2"):
+        Template("ok\n{{ a ||| b")
+
+
+@pytest.mark.parametrize(
+    "attack",
+    ["{{ ''.__class__.__mro__ }}", "{{ x.__init__.__globals__ }}", "{{ self.__dict__ }}", "{{ x.append(1) }}"],
+)
+def test_the_sandbox_holds(attack: str) -> None:
+    with pytest.raises(UserError):
+        Template(f"{attack} ||| b").render({"x": [1]}, "row")
+
+
+def test_choices_are_a_list_or_a_template() -> None:
+    assert choices_of(["a", "b"], {}, "row") == ("a", "b")
+    assert choices_of("{{ c | join('|||') }}", {"c": ["x y", "z"]}, "row") == ("x y", "z")
+    assert choices_of(None, {}, "row") == ()
+
+
+def test_prompt_variables_are_those_before_the_separator() -> None:
+    template = Template("{{ a }} {% if b %}x{% endif %} ||| {{ c }}")
+    assert template.prompt_variables() == {"a", "b"}
+    assert Template("Say {{ a }} ||| {{ c }}").render_prompt({"a": "hi"}, "text") == "Say hi"

@@ -1,0 +1,94 @@
+"""Answers, losses and choices against slow readings of the same model."""
+
+import random
+
+import pytest
+import torch
+from tests import tiny
+
+from luthier.data.task import Example
+from luthier.encoding.encoder import Encoder
+from luthier.evaluation.score import answer, loss_and_accuracy, losses, measure
+from luthier.models.base import BaseModel
+from luthier.models.generate import generate
+
+FAMILIES = ("llama", "gpt2", "opt", "t5")
+
+
+def encoder_of(base: BaseModel) -> Encoder:
+    return Encoder(base.tokenizer, encoder_decoder=base.encoder_decoder, chat=False, max_length=128)
+
+
+def examples(count: int, choices: bool = False) -> list[Example]:
+    draw = random.Random(0)
+    return [
+        Example(
+            str(number),
+            tiny.words(draw, 2, 12),
+            "yes",
+            ("yes", "maybe"),
+            ("yes", "no", "one two three") if choices else (),
+        )
+        for number in range(count)
+    ]
+
+
+def own_logits(base: BaseModel, prompt: list[int], target: list[int]) -> torch.Tensor:
+    """Logits for each target token, from transformers' forward on this row alone."""
+    with torch.no_grad():
+        if base.encoder_decoder:
+            return base.model(input_ids=torch.tensor([prompt]), labels=torch.tensor([target])).logits[0]
+        base.model.set_attn_implementation("eager")
+        return base.model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_choices_are_the_most_probable_a_token(family: str) -> None:
+    base, plain = tiny.make(family), tiny.make(family)
+    encoder, rows = encoder_of(base), examples(9, choices=True)
+    expected = []
+    for row in rows:
+        means = []
+        for choice in row.choices:
+            ids = encoder.target_ids(choice)[:-1]
+            logits = own_logits(plain, encoder.prompt_ids(row), ids)
+            means.append(float(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).mean()))
+        expected.append(row.choices[means.index(max(means))])
+    found = answer(base, encoder, rows, 4)
+    assert [one.prediction for one in found] == expected
+    assert len(set(expected)) > 1 or family == "opt", "one choice wins everywhere: the test could not fail"
+    entries, values = measure(found, ["accuracy"])
+    assert entries["accuracy"]["value"] == sum(text in ("yes", "maybe") for text in expected) / 9
+    assert len(values["accuracy"]) == 9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_the_models_own(family: str) -> None:
+    base, plain = tiny.make(family), tiny.make(family)
+    encoder = encoder_of(base)
+    rows = [encoder.encode(example) for example in examples(6)]
+    each, hits, count = [], 0, 0
+    for row in rows:
+        logits, target = own_logits(plain, row.prompt, row.target), torch.tensor(row.target)
+        each.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+        hits += int((logits.argmax(-1) == target).sum())
+        count += len(target)
+    loss, accuracy = loss_and_accuracy(base, rows)
+    assert loss == pytest.approx(float(torch.cat(each).mean()), rel=1e-5)
+    assert accuracy == hits / count
+    entry, values = losses(base, rows)
+    assert values.tolist() == pytest.approx([float(one.mean()) for one in each], rel=1e-5)
+    assert entry["value"] == pytest.approx(values.mean())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_keep_the_order_given(family: str) -> None:
+    base = tiny.make(family)
+    encoder, rows = encoder_of(base), examples(11)
+    told: list[tuple[int, int]] = []
+    found = answer(base, encoder, rows, 6, tell=lambda done, of: told.append((done, of)))
+    assert [one.id for one in found] == [row.id for row in rows]
+    assert told[-1] == (11, 11)
+    for row, one in zip(rows, found, strict=True):
+        ids = generate(base, [encoder.prompt_ids(row)], 6, encoder.stops)[0]
+        assert one.prediction == encoder.decode(ids)
