@@ -1,1 +1,45 @@
-"""Luthier."""
+"""Luthier fits one language model to many tasks and shows the evidence for every choice."""
+
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from luthier.job import run
+    from luthier.preview_rows import preview
+    from luthier.recipe import Recipe, load_recipe, make_recipe
+    from luthier.report.schema import Report
+    from luthier.session import Session
+
+__all__ = [
+    "Interrupted",
+    "Recipe",
+    "Report",
+    "Session",
+    "UserError",
+    "load_recipe",
+    "make_recipe",
+    "preview",
+    "run",
+]
+
+# The rest loads torch and transformers, which takes seconds: only when it is asked for.
+_HOMES = {
+    "Recipe": "luthier.recipe",
+    "Report": "luthier.report.schema",
+    "Session": "luthier.session",
+    "load_recipe": "luthier.recipe",
+    "make_recipe": "luthier.recipe",
+    "preview": "luthier.preview_rows",
+    "run": "luthier.job",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'luthier' has no attribute {name!r}")
+    from importlib import import_module
+
+    found = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = found
+    return found

@@ -35,8 +35,8 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped or killed.")] = False,
 ) -> None:
     """Is prompting enough, and if not, which tuning? Train, score and compare; writes report.html."""
+    from luthier.job import run as run_recipe
     from luthier.report.table import print_report
-    from luthier.run import run as run_recipe
 
     target = out or Path("runs") / recipe.stem
     report = run_recipe(_load(recipe, set_), target, resume=resume)
@@ -51,7 +51,7 @@ def preview(
     set_: Changes = None,
 ) -> None:
     """Is my data sound? Show training rows as the model reads them, the trained tokens coloured."""
-    from luthier.preview import preview as preview_rows
+    from luthier.preview_rows import preview as preview_rows
 
     for row in preview_rows(_load(recipe, set_), rows):
         cut = f", {row.cut} cut from its middle" if row.cut else ""

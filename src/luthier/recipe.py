@@ -100,7 +100,7 @@ def make_recipe(content: Mapping[str, Any], changes: Sequence[str] = (), where: 
     try:
         return Recipe.model_validate(whole)
     except ValidationError as error:
-        raise UserError("\n".join(f"{where}: {_explain(one)}" for one in error.errors())) from None
+        raise UserError("\n".join(f"{where}: {_explain(one)}" for one in _apart(error))) from None
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -207,10 +207,17 @@ def _nested(given: Any, shared: dict[str, Any]) -> Any:
     return {"method": method, "training": {**shared, **own} if trains and isinstance(own, dict) else {}}
 
 
+def _apart(error: ValidationError) -> list[Any]:
+    """The mistakes, each once: a wrong shared training setting is also wrong in every tuning."""
+    found = [(one, _place(one["loc"])) for one in error.errors()]
+    shared = {tuple(place) for _, place in found if place[:1] == ["training"]}
+    return [one for one, place in found if place[:1] != ["tunings"] or tuple(place[2:]) not in shared]
+
+
 def _explain(error: Any) -> str:
     place = _place(error["loc"])
     key = ".".join(place) or "(top level)"
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key '{key}'. {nearest(place[-1], _allowed(place[:-1], error['loc']))}"
     if error["type"] == "missing":
         return f"'{key}' is missing."
@@ -220,6 +227,8 @@ def _explain(error: Any) -> str:
         )
         return f"'{key}': unknown method {given!r}. {nearest(given, METHODS)}"
     message = error["msg"].removeprefix("Value error, ")
+    if isinstance(error["input"], (dict, list)):
+        return f"'{key}': {message}" if place else message
     return f"'{key}': {message[0].lower()}{message[1:]} (given: {error['input']!r})."
 
 

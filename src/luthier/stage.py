@@ -56,7 +56,7 @@ def run_stage(directory: RunDirectory, name: str, should_stop: Callable[[], bool
         encoder = recipe.encoder(base.tokenizer, base.encoder_decoder, base.context)
         stage = Stage(directory, recipe, base, encoder, examples, progress, should_stop)
         if name == BASELINE:
-            result = {"scores": _score_retention(stage, name, 0)}
+            result: dict[str, Any] = {"scores": _score_retention(stage, name, 0)}
         else:
             method = recipe.tunings[name].method
             result = _prompting(stage, name, method) if isinstance(method, Prompting) else _tuning(stage, name, method)

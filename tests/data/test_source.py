@@ -8,7 +8,7 @@ from luthier.errors import UserError
 
 
 def test_jsonl_and_csv_hold_the_same_rows(tmp_path: Path) -> None:
-    rows = [{"a": "x, \"y\"\nz", "b": "1"}, {"a": "é 東京", "b": ""}]
+    rows = [{"a": 'x, "y"\nz', "b": "1"}, {"a": "é 東京", "b": ""}]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows), encoding="utf-8")
     (tmp_path / "r.csv").write_text('a,b\n"x, ""y""\nz",1\né 東京,\n', encoding="utf-8")
     for name in ("r.jsonl", "r.csv"):

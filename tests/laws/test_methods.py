@@ -18,7 +18,7 @@ from luthier.encoding.batches import collate
 from luthier.encoding.encoder import Encoded
 from luthier.models.base import BaseModel
 from luthier.models.batch import Segment
-from luthier.models.loss import label_scores, loss_sum
+from luthier.models.loss import label_scores
 from luthier.training.loop import _accumulate, train
 from luthier.training.settings import TrainingSettings
 from luthier.tuning import Full, LoRA, Method, PromptTuning, attach, detach, parameters
@@ -87,7 +87,9 @@ def test_a_fresh_tuning_is_the_base_and_detaching_restores_it(family: str, metho
 @each_family
 @each_method
 @each_dtype
-def test_training_moves_what_is_owned_and_nothing_else(family: str, method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_training_moves_what_is_owned_and_nothing_else(
+    family: str, method: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     base = tiny.make(family, dtype)
     before = bits(base)
     attach(base, "t", METHODS[method])
@@ -170,7 +172,11 @@ def test_micro_batches_are_one_batch(family: str, method: str) -> None:
         for parameter in parameters(base, "t").values():
             parameter.grad = None
         _accumulate(base, rows, budget)
-        return {key: parameter.grad.clone() for key, parameter in parameters(base, "t").items() if parameter.grad is not None}
+        return {
+            key: parameter.grad.clone()
+            for key, parameter in parameters(base, "t").items()
+            if parameter.grad is not None
+        }
 
     whole = gradients(10_000)
     largest = max(float(gradient.abs().max()) for gradient in whole.values())
@@ -215,7 +221,9 @@ def test_parameter_counts_follow_the_formula(family: str) -> None:
         if type(module).__name__ in ("Linear", "Conv1D") and path != "lm_head"
     ]
     assert linears
-    assert sum(parameter.numel() for parameter in parameters(base, "lora").values()) == sum(3 * sum(one) for one in linears)
+    assert sum(parameter.numel() for parameter in parameters(base, "lora").values()) == sum(
+        3 * sum(one) for one in linears
+    )
 
 
 def test_the_worked_example_of_lora() -> None:

@@ -1,5 +1,6 @@
 """The loop against a slow twin, its choices, and what stops it."""
 
+import itertools
 import random
 from pathlib import Path
 
@@ -18,7 +19,11 @@ from luthier.training.optimizer import Optimizer
 from luthier.training.settings import TrainingSettings
 from luthier.tuning import Full, LoRA, Method, PromptTuning, attach, parameters
 
-METHODS: dict[str, Method] = {"full": Full(), "lora": LoRA(rank=2, dropout=0.1), "prompt_tuning": PromptTuning(length=3)}
+METHODS: dict[str, Method] = {
+    "full": Full(),
+    "lora": LoRA(rank=2, dropout=0.1),
+    "prompt_tuning": PromptTuning(length=3),
+}
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -154,7 +159,7 @@ def test_the_rate_warms_up_and_decays(schedule: str) -> None:
     rates = [settings.rate(step, 100, 2.0) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert max(rates) == 2.0
-    assert all(later <= earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
     assert rates[-1] == {"linear": pytest.approx(2 / 90), "constant": 2.0}.get(schedule, pytest.approx(0.0, abs=1e-3))
 
 
@@ -184,7 +189,9 @@ def test_a_t5_learns_a_toy_task(method: str, tmp_path: Path) -> None:
     # A random base knows nothing a small tuning could steer: give it the task's opposite first.
     attach(base, "first", Full())
     opposite = [encoder.encode(Example(e.id, e.prompt, e.prompt.split()[0])) for e in examples]
-    train(base, "first", opposite, TrainingSettings(max_steps=150, batch_size=16, learning_rate=3e-3), 0, tmp_path / "0")
+    train(
+        base, "first", opposite, TrainingSettings(max_steps=150, batch_size=16, learning_rate=3e-3), 0, tmp_path / "0"
+    )
     with torch.no_grad():
         for key, parameter in parameters(base, "first").items():
             base.grafts.originals[key].copy_(parameter)

@@ -34,7 +34,7 @@ class Task:
 
     A split is a file (`path`, or `{path, columns, limit}`) or, for validation and test, a share
     (0.1) or a number (50) of the training rows, drawn once with the recipe's seed. `references`
-    names columns that hold the human answers; without it the completion is the reference.
+    names columns of the test rows that hold the human answers; without it the completion is the reference.
     `choices` (a list, or Jinja with ``|||``) makes it a classification: the model's most probable
     choice is its answer.
     """
@@ -94,7 +94,10 @@ def load_examples(task: Task, folder: Path, seed: int) -> Examples:
     """
     template = Template(task.template)
     rows = _split_rows(task, folder, seed)
-    examples = {split: [_render(task, template, row) for row in rows[split]] for split in SPLITS}
+    examples = {
+        split: [_render(task, template, row, task.references if split == "test" else []) for row in rows[split]]
+        for split in SPLITS
+    }
     for split in SPLITS:
         if examples[split] and not any(example.completion for example in examples[split]):
             raise UserError(
@@ -133,17 +136,18 @@ def _split_rows(task: Task, folder: Path, seed: int) -> dict[Split, list[Row]]:
     return rows
 
 
-def _render(task: Task, template: Template, row: Row) -> Example:
+def _render(task: Task, template: Template, row: Row, references: list[str]) -> Example:
     rendered = template.render(row.values, row.id)
     if rendered.completion is None:
         raise UserError(
             f"{row.id}: the template has no completion. Write `prompt ||| completion`, for example "
             "`Summarise: {{ dialogue }} ||| {{ summary }}`."
         )
-    missing = [column for column in task.references if column not in row.values]
-    references = tuple(str(row.values[column]) for column in task.references if column in row.values)
-    if missing and references:
-        raise UserError(f"{row.id} has no column {missing[0]!r} (asked for by `references`).")
+    missing = [column for column in references if column not in row.values]
+    if missing:
+        raise UserError(
+            f"{row.id} has no column {missing[0]!r} (asked for by `references`). It has: {', '.join(map(str, row.values))}."
+        )
     choices = choices_of(task.choices, row.values, row.id)
     if choices and rendered.completion not in choices:
         raise UserError(f"{row.id}: the answer {rendered.completion!r} is not among the choices: {', '.join(choices)}.")
@@ -151,7 +155,7 @@ def _render(task: Task, template: Template, row: Row) -> Example:
         id=row.id,
         prompt=rendered.prompt,
         completion=rendered.completion,
-        references=references or (rendered.completion,),
+        references=tuple(str(row.values[column]) for column in references) or (rendered.completion,),
         choices=choices,
         system=task.system,
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
+from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from luthier.errors import UserError, nearest
@@ -64,7 +65,7 @@ class Template:
             text = self._compiled.render(protected)
         except jinja2.UndefinedError as error:
             raise UserError(f"{where}: {_explain(error, values)} The template is: {_short(self.text)}") from None
-        except jinja2.sandbox.SecurityError as error:
+        except SecurityError as error:
             raise UserError(f"{where}: the template does what is not allowed: {error}.") from None
         except Exception as error:  # whatever an expression inside the template raised
             raise UserError(

@@ -143,7 +143,10 @@ class BaseModel:
         prompts = [self._prompt(row, segments) for row in range(len(packed.lengths))]
         if all(prompt is None for prompt in prompts):
             return embedded, packed.lengths, torch.zeros(len(prompts), dtype=torch.long, device=embedded.device)
-        pieces, lengths, shifts, start = [], [], [], 0
+        pieces: list[Tensor] = []
+        lengths: list[int] = []
+        shifts: list[int] = []
+        start = 0
         for length, prompt in zip(packed.lengths, prompts, strict=True):
             if prompt is not None:
                 pieces.append(prompt.to(embedded.dtype))

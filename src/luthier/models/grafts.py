@@ -54,17 +54,22 @@ class Grafted(nn.Module):
         parts = self.route.parts
         if len(parts) == 1:
             name = parts[0][0]
-            return self.deltas[name](x, y) if name in self.deltas else y
-        if not any(name in self.deltas for name, _ in parts):
+            delta = self._delta(name)
+            return y if delta is None else delta(x, y)
+        deltas = [self._delta(name) for name, _ in parts]
+        if not any(deltas):
             return y
         # Some blocks flatten (rows, L, D) to (rows L, D) inside: there each row takes L places.
         axis = self.route.axis if x.dim() > 2 else 0
         stretch = x.shape[axis] // parts[-1][1].stop
         pieces = []
-        for name, part in parts:
+        for delta, (_, part) in zip(deltas, parts, strict=True):
             here = (slice(None),) * axis + (slice(part.start * stretch, part.stop * stretch),)
-            pieces.append(self.deltas[name](x[here], y[here]) if name in self.deltas else y[here])
+            pieces.append(y[here] if delta is None else delta(x[here], y[here]))
         return torch.cat(pieces, dim=axis)
+
+    def _delta(self, name: str | None) -> nn.Module | None:
+        return self.deltas[name] if name is not None and name in self.deltas else None
 
     @property
     def weight(self) -> Tensor:

@@ -30,8 +30,11 @@ class Defaults:
 class Method(Protocol):
     """How a base is adapted by training something."""
 
-    method: str
     defaults: ClassVar[Defaults]
+
+    @property
+    def method(self) -> str:
+        """The recipe's word for this method."""
 
     def attach(self, base: BaseModel, name: str, generator: torch.Generator) -> None:
         """Graft this method on `base` under `name`; new weights are drawn from `generator`."""
@@ -53,7 +56,9 @@ class Method(Protocol):
 class Prompting(Protocol):
     """How a base is used as it is: nothing is trained."""
 
-    method: str
+    @property
+    def method(self) -> str:
+        """The recipe's word for this method."""
 
     def shot_count(self) -> int:
         """Examples shown in the prompt."""

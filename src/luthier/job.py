@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from luthier.data.task import load_examples
 from luthier.directory import BASELINE, RunDirectory
@@ -78,8 +79,8 @@ def _in_own_process(directory: RunDirectory, name: str) -> None:
     raise RuntimeError(f"the stage {name!r} failed with exit code {code}; see the traceback above")
 
 
-def _forward_signals(child: "subprocess.Popen[bytes]") -> dict[int, object]:
-    handlers: dict[int, object] = {}
+def _forward_signals(child: "subprocess.Popen[bytes]") -> dict[int, Any]:
+    handlers: dict[int, Any] = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
             handlers[number] = signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))

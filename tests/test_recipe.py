@@ -1,0 +1,128 @@
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from luthier.errors import UserError
+from luthier.recipe import load_recipe, make_recipe, recipe_schema, recipe_yaml
+
+FIVE_LINES = """\
+base: smollm2-135m-instruct
+task:
+  train: my.jsonl
+  template: "Sum up: {{ text }} ||| {{ summary }}"
+tunings: [zero_shot, lora]
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "my.yaml"
+    path.write_text(FIVE_LINES)
+    return path
+
+
+def test_five_lines_are_enough(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    assert list(recipe.tunings) == ["zero_shot", "lora"]
+    assert recipe.tunings["lora"].method.rank == 8
+    assert recipe.data == str(recipe_file.parent)
+    assert [task.name for task in recipe.retention] == ["topics", "knowledge", "instructions"]
+
+
+def test_the_resolved_recipe_reads_back_as_itself(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["training.epochs=7", "tunings.lora.training.batch_size=3"])
+    assert recipe.tunings["lora"].training.epochs == 7
+    assert recipe.tunings["lora"].training.batch_size == 3
+    assert make_recipe(yaml.safe_load(recipe_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "read"),
+    [
+        ("training.epochs=2", lambda r: r.tunings["lora"].training.epochs == 2),
+        ("tunings.lora.rank=32", lambda r: r.tunings["lora"].method.rank == 32),
+        ("tunings.small={method: lora, rank: 1}", lambda r: r.tunings["small"].method.rank == 1),
+        ("task.test.limit=5", None),
+        ("base=gpt2-dir", lambda r: r.base.model == "gpt2-dir"),
+        ("base.dtype=float32", lambda r: r.base.dtype == "float32"),
+        ("task.test=t.jsonl", lambda r: r.task.test.path == "t.jsonl"),
+        ("task.validation=0.3", lambda r: r.task.validation == 0.3),
+        ("task=support-dialogues", lambda r: r.task.name == "support-dialogues"),
+        ("seed=4", lambda r: r.seed == 4),
+    ],
+)
+def test_set_changes_one_setting(recipe_file: Path, change: str, read) -> None:
+    if read is None:
+        with pytest.raises(UserError, match=r"'task\.test\.path' is missing"):
+            load_recipe(recipe_file, [change])
+    else:
+        assert read(load_recipe(recipe_file, [change]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("trainning.epochs=2", r"unknown key 'trainning'\. Did you mean 'training'"),
+        ("training.epoch=2", r"^\S+: unknown key 'training\.epoch'\. Did you mean 'epochs'\?$"),
+        ("tunings.lora.rnak=2", r"unknown key 'tunings\.lora\.rnak'\. Did you mean 'rank'"),
+        ("tunings.zero_shot.rank=2", r"unknown key 'tunings\.zero_shot\.rank'"),
+        ("tunings.lora.method=lorra", r"unknown method 'lorra'\. Did you mean 'lora'"),
+        ("tunings.x={}", r"unknown method 'x'"),
+        ("tunings.lora.rank=0", r"'tunings\.lora\.rank'|rank is 0; it must be at least 1"),
+        ("tunings.lora.rank=eight", r"'tunings\.lora\.rank': .*valid integer.*'eight'"),
+        ("training.learning_rate=-1", r"learning_rate is -1"),
+        ("task.train={path: x, colums: {}}", r"unknown key 'task\.train\.colums'\. Did you mean 'columns'"),
+        ("task.metrics=[rouge7]", r"Unknown metric 'rouge7'"),
+        ("task=suport-dialogues", r"unknown task 'suport-dialogues'\. Did you mean 'support-dialogues'"),
+        ("base.dtype=bf16", r"'base\.dtype'.*'bfloat16'"),
+        ("base.modle=x", r"unknown key 'base\.modle'\. Did you mean 'model'"),
+        ("retention=[topcs]", r"unknown task 'topcs'\. Did you mean 'topics'"),
+        ("tunings={}", r"'tunings'"),
+        ("justaword", r"not of the form"),
+        ("seed.x=3", r"seed"),
+        ("tunings.zero_shot.training={epochs: 2}", r"nothing is trained"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_message_with_what_is_allowed(recipe_file: Path, change: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(recipe_file, [change])
+
+
+def test_every_mistake_is_named_at_once(recipe_file: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe_file, ["sed=1", "tunings.lora.rnk=2", "base.devise=cpu"])
+    assert all(word in str(caught.value) for word in ("'sed'", "'tunings.lora.rnk'", "'base.devise'", str(recipe_file)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("a: [", "not valid YAML"),
+        ("- a", "named keys"),
+        ("tunings: [lora]", "'task' is missing"),
+    ],
+)
+def test_unreadable_recipes(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "r.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_recipe(path)
+
+
+def test_the_schema_accepts_the_examples_and_refuses_a_misspelt_key() -> None:
+    schema = recipe_schema()
+    examples = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
+    assert examples
+    for path in examples:
+        jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+        load_recipe(path)
+    jsonschema.validate(yaml.safe_load(FIVE_LINES), schema)
+    wrong = yaml.safe_load(FIVE_LINES) | {"tunings": {"a": {"method": "lora", "rnk": 2}}}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, schema)
+    json.dumps(schema)

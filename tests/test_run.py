@@ -1,0 +1,284 @@
+"""The main job on a tiny base: what it writes, what it refuses, and that nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+import luthier.files
+from luthier.cli import app
+from luthier.errors import UserError
+from luthier.job import run
+from luthier.recipe import make_recipe
+from luthier.report.schema import report_schema
+from luthier.session import Session
+from tests import tiny
+
+NAMES = ["Anna", "Ben", "Chloe", "Dev"]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    for family in ("llama", "t5"):
+        base = tiny.make(family)
+        base.model.save_pretrained(folder / family)
+        base.tokenizer.save_pretrained(folder / family)
+    return folder
+
+
+@pytest.fixture
+def content(bases: Path, tmp_path: Path) -> dict:
+    rows = [{"text": f"{NAMES[n % 4]} asks about room {n}", "who": NAMES[n % 4]} for n in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = {"name": "kept", "template": "Who? {{ text }} ||| {{ who }}", "test": "rows.jsonl", "choices": NAMES}
+    return {
+        "base": {"model": str(bases / "llama"), "dtype": "float32"},
+        "data": str(tmp_path),
+        "task": {
+            "name": "who",
+            "template": "Say who: {{ text }} ||| {{ who }} asks.",
+            "train": "rows.jsonl",
+            "validation": 4,
+            "test": 6,
+            "max_new_tokens": 5,
+        },
+        "retention": [kept],
+        "training": {"max_steps": 3, "batch_size": 4},
+        "tunings": {
+            "zero_shot": {},
+            "two_shot": {"method": "few_shot", "shots": 2},
+            "prompt_tuning": {"length": 4},
+            "lora": {"rank": 2},
+            "full": {},
+        },
+    }
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_run_writes_the_comparison_and_its_tunings_can_be_used(
+    content: dict, bases: Path, tmp_path: Path, family: str
+) -> None:
+    content["base"]["model"] = str(bases / family)
+    out = tmp_path / "out"
+    report = run(make_recipe(content), out, isolate=False)
+    written = json.loads((out / "report.json").read_text())
+    jsonschema.validate(written, report_schema())
+    assert written["schema_version"] == 1
+    assert list(written["tunings"]) == list(content["tunings"])
+    for name, tuning in written["tunings"].items():
+        trained = name in ("prompt_tuning", "lora", "full")
+        assert (tuning["trainable_parameters"] > 0) == trained
+        assert tuning["file_bytes"] == sum(len(data) for data in files(out / "tunings" / name).values())
+        assert set(tuning["scores"]["who"]) == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
+        for score in tuning["scores"]["who"].values():
+            assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1
+            assert {"signature", "precision", "recall"} <= set(score)
+        assert tuning["scores"]["kept"]["accuracy"]["signature"].startswith("metric:accuracy")
+        assert tuning["validation_loss"] > 0
+        lines = (out / "predictions" / f"{name}.jsonl").read_text().splitlines()
+        assert len(lines) == 6
+        if trained:
+            steps = [json.loads(line) for line in (out / "logs" / f"{name}.jsonl").read_text().splitlines()]
+            assert [event["step"] for event in steps if "loss" in event] == [1, 2, 3]
+            assert list((out / "tensorboard" / name).glob("events*"))
+    shown = (out / "report.html").read_text()
+    assert all(name in shown for name in content["tunings"])
+    assert "http" not in shown.replace("http://www.w3.org", ""), "the page must need nothing from elsewhere"
+    assert not (out / "checkpoints").exists()
+    assert report.answer in shown.replace("&#39;", "'")
+
+    session = Session(out)
+    texts = [json.loads(line)["input"].removeprefix("Say who: ") for line in lines]
+    for name in content["tunings"]:
+        if name == "two_shot":
+            with pytest.raises(UserError, match="saved nothing"):
+                session.generate(texts, name)
+            continue
+        saved = [
+            json.loads(line)["prediction"] for line in (out / "predictions" / f"{name}.jsonl").read_text().splitlines()
+        ]
+        assert session.generate(texts, name) == saved, name
+    assert session.generate(texts) == session.generate(texts, "zero_shot")
+    with pytest.raises(UserError, match="Did you mean 'lora'"):
+        session.generate(texts, "lara")
+    with pytest.raises(UserError, match="makes a prompt of .* tokens"):
+        session.generate(["room " * 3000], "lora")
+
+
+def test_a_zero_initialised_tuning_forgets_exactly_nothing(content: dict, tmp_path: Path) -> None:
+    content["tunings"] = {"lora": {"rank": 2, "training": {"max_steps": 1, "learning_rate": 1e-30}}}
+    report = run(make_recipe(content), tmp_path / "out", isolate=False)
+    assert [(one.difference, one.low, one.high) for one in report.retention] == [(0.0, 0.0, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task.train": "missing.jsonl"}, "missing.jsonl does not exist"),
+        ({"task.template": "{{ txt }} ||| {{ who }}"}, "no column 'txt'.*Did you mean 'text'"),
+        ({"task.test": 0}, "test split of task 'who' has no rows"),
+        ({"task.template": "{{ text }} |||"}, "targets of the train split .* are empty"),
+        ({"tunings.lora.targets": "q_porj"}, "matches no module.*Did you mean 'q_proj'"),
+        ({"base.model": "no-such-model"}, "Unknown base model 'no-such-model'"),
+        ({"base.model": "owner/no-such-model"}, "could not be read from the hub id 'owner/no-such-model'"),
+        ({"max_length": 16, "task.template": "{{ text }} ||| {{ text }} {{ text }} {{ text }}"}, "no room is left for the prompt"),
+        ({"base.device": "cuda:7"}, "device 'cuda:7' cannot be used"),
+        ({"tunings.two_shot.shots": 500}, "500 asked for, but the training split has 14"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_message_and_leaves_nothing(content: dict, tmp_path: Path, change: dict, message: str) -> None:
+    content["retention"] = []
+    content["tunings"] = {"lora": {"rank": 2}, "two_shot": {"method": "few_shot"}}
+    if "tunings.two_shot.shots" in change:
+        del content["tunings"]["lora"]
+    for key, value in change.items():
+        *path, last = key.split(".")
+        place = content
+        for step in path:
+            place = place[step]
+        place[last] = value
+    with pytest.raises(UserError, match=message) as caught:
+        run(make_recipe(content), tmp_path / "out", isolate=False)
+    assert "\n" not in str(caught.value).strip()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_run_is_never_overwritten(content: dict, tmp_path: Path) -> None:
+    content["tunings"] = {"zero_shot": {}}
+    recipe, out = make_recipe(content), tmp_path / "out"
+    run(recipe, out, isolate=False)
+    before = files(out)
+    with pytest.raises(UserError, match="already exists.*--resume"):
+        run(recipe, out, isolate=False)
+    content["seed"] = 9
+    with pytest.raises(UserError, match="another recipe: 'seed' differs"):
+        run(make_recipe(content), out, resume=True, isolate=False)
+    assert files(out) == before
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "thesis.txt").write_text("do not touch")
+    with pytest.raises(UserError, match="is no run"):
+        run(recipe, other, resume=True, isolate=False)
+    assert (other / "thesis.txt").read_text() == "do not touch"
+
+
+def test_a_full_disk_leaves_the_last_whole_state(
+    content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["tunings"] = {"zero_shot": {}, "lora": {"rank": 2}}
+    recipe, out = make_recipe(content), tmp_path / "out"
+    write, full = os.fsync, [False]
+
+    def fsync(handle: int) -> None:
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        write(handle)
+
+    monkeypatch.setattr(luthier.files.os, "fsync", fsync)
+    save = luthier.directory.RunDirectory.save_tuning
+
+    def fill_then_save(*arguments):
+        full[0] = True
+        return save(*arguments)
+
+    monkeypatch.setattr(luthier.directory.RunDirectory, "save_tuning", fill_then_save)
+    with pytest.raises(UserError, match=r"could not be written: No space left on device.*--resume"):
+        run(recipe, out, isolate=False)
+    assert not list(out.rglob("*.safetensors-*")), "a partial file was left"
+    assert not (out / "tunings" / "lora").exists()
+    kept = (out / "results" / "zero_shot.json").read_bytes()
+    monkeypatch.undo()
+    report = run(recipe, out, resume=True, isolate=False)
+    assert (out / "results" / "zero_shot.json").read_bytes() == kept
+    assert report.tunings["lora"].file_bytes > 0
+
+
+def test_an_unwritable_place_is_refused(content: dict, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not be written|is a file"):
+        run(make_recipe(content), tmp_path / "file" / "out", isolate=False)
+
+
+def command(*arguments: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "luthier.cli", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_command_resumes_to_the_same_weights(content: dict, tmp_path: Path, number: signal.Signals) -> None:
+    content["tunings"] = {"lora": {"rank": 2, "training": {"max_steps": 60, "checkpoint_every": 5}}}
+    content["retention"] = []
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump(content))
+    whole = run(make_recipe(content), tmp_path / "whole", isolate=False)
+    out = tmp_path / "out"
+    started = command("run", str(recipe), "--out", str(out), start_new_session=True)
+    log = out / "logs" / "lora.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and len(log.read_text().splitlines()) >= 8):
+        assert time.monotonic() < deadline and started.poll() is None, started.communicate()
+        time.sleep(0.005)
+    if number == signal.SIGTERM:
+        started.send_signal(number)  # to the command alone: it passes the signal on
+    else:
+        os.killpg(started.pid, number)
+    _, said = started.communicate(timeout=60)
+    assert not (out / "results" / "lora.json").exists(), "it was stopped too late to prove anything"
+    if number != signal.SIGKILL:
+        assert started.returncode == 130, said
+        assert "--resume" in said
+        assert "Traceback" not in said
+    again = command("run", str(recipe), "--out", str(out))
+    assert "already exists" in again.communicate()[1]
+    assert again.returncode == 2
+    resumed = command("run", str(recipe), "--out", str(out), "--resume")
+    assert resumed.wait() == 0, resumed.communicate()
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        ours, theirs = (tmp_path / folder / "tunings" / "lora" / file for folder in ("out", "whole"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    found = json.loads((out / "report.json").read_text())["tunings"]["lora"]
+    assert found["scores"]["who"]["rouge1"]["value"] == whole.tunings["lora"].scores["who"]["rouge1"].value
+    assert found["peak_memory_bytes"] > found["memory_after_import_bytes"] > 0
+    assert len(log.read_text().splitlines()) == len(found["history"])
+
+
+def test_the_command_line_ends_user_errors_with_code_2(tmp_path: Path) -> None:
+    done = command("run", str(tmp_path / "none.yaml"))
+    out, said = done.communicate()
+    assert (done.returncode, out) == (2, "")
+    assert said == f"error: The recipe {tmp_path / 'none.yaml'} does not exist.\n"
+
+
+def test_the_surface_is_frozen() -> None:
+    """Commands and their options are a promise: changing one is a decision, not an accident."""
+    import typer
+
+    group = typer.main.get_command(app)
+    surface = {name: sorted(one.name for one in found.params) for name, found in group.commands.items()}
+    assert surface == {
+        "run": ["out", "recipe", "resume", "set_"],
+        "preview": ["recipe", "rows", "set_"],
+        "generate": ["file", "max_new_tokens", "out", "raw", "run", "text", "tuning"],
+        "schema": ["what"],
+    }
+    import luthier
+
+    assert sorted(luthier.__all__) == [
+        "Interrupted", "Recipe", "Report", "Session", "UserError", "load_recipe", "make_recipe", "preview", "run",
+    ]  # fmt: skip
+    for name in luthier.__all__:
+        assert getattr(luthier, name).__doc__, name
