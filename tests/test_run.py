@@ -16,7 +16,7 @@ import luthier.files
 from luthier.cli import app
 from luthier.errors import UserError
 from luthier.job import run
-from luthier.recipe import make_recipe
+from luthier.recipe import load_recipe, make_recipe
 from luthier.report.schema import report_schema
 from luthier.session import Session
 from tests import tiny
@@ -115,6 +115,36 @@ def test_a_run_writes_the_comparison_and_its_tunings_can_be_used(
         session.generate(texts, "lara")
     with pytest.raises(UserError, match="makes a prompt of .* tokens"):
         session.generate(["room " * 3000], "lora")
+
+
+def test_a_task_with_choices_is_validated_by_its_answers(content: dict, tmp_path: Path) -> None:
+    """The share of right answers has the validation split's denominator, not its tokens'."""
+    content["task"] = {**content["retention"][0], "train": "rows.jsonl", "validation": 7, "test": 5, "name": "who"}
+    content["tunings"] = {"zero_shot": {}, "lora": {"rank": 2, "training": {"max_steps": 40, "learning_rate": 0.02}}}
+    content["retention"] = []
+    report = run(make_recipe(content), tmp_path / "out", isolate=False)
+    for tuning in report.tunings.values():
+        assert tuning.validation_accuracy * 7 == pytest.approx(round(tuning.validation_accuracy * 7))
+        assert list(tuning.scores["who"]) == ["accuracy"]
+    assert report.tunings["lora"].validation_accuracy > report.tunings["zero_shot"].validation_accuracy
+
+
+def test_the_t5_examples_run_on_a_tiny_t5(bases: Path, tmp_path: Path) -> None:
+    rows = [
+        {"dialogue": f"#Person1#: hello {n}", "summary": f"s {n}", "summary1": "a", "summary2": "b", "summary3": "c"}
+        for n in range(8)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    for name in ("train", "validation", "test", "dialogsum.train", "dialogsum.dev", "dialogsum.test"):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    for name in ("dialogsum", "samsum"):
+        changes = [f"base.model={bases / 't5'}", f"data={tmp_path}", "retention=[]", "task.max_new_tokens=4"]
+        example = Path(__file__).parents[1] / "examples" / f"flan-t5-{name}.yaml"
+        report = run(load_recipe(example, changes), tmp_path / name, isolate=False)
+        assert report.tunings["lora"].steps == 1, "one epoch of eight rows"
+        assert (
+            "refs:" + ("3" if name == "dialogsum" else "1") in report.tunings["lora"].scores[name]["rouge1"].signature
+        )
 
 
 def test_a_zero_initialised_tuning_forgets_exactly_nothing(content: dict, tmp_path: Path) -> None:

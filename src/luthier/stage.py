@@ -80,7 +80,7 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
             f"(least {min(kept)}): the limit is {stage.encoder.max_length} tokens"
         )
     validation = _encode(stage, prepared["validation"], 0, "validation")
-    loss, accuracy = loss_and_accuracy(stage.base, validation) if validation else (None, None)
+    kept_at = _validate(stage, validation, 0, prepared["validation"]) if validation else None
     scores = _score(stage, name, stage.recipe.task, prepared["test"], 0)
     return {
         "method": method.method,
@@ -89,8 +89,8 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
         "train_seconds": 0.0,
         "steps": 0,
         "peak_memory_bytes": peak_bytes(),
-        "validation_loss": loss,
-        "validation_accuracy": accuracy,
+        "validation_loss": kept_at.loss if kept_at else None,
+        "validation_accuracy": kept_at.accuracy if kept_at else None,
         "shots": {"asked": asked, "least": min(kept), "mean": sum(kept) / len(kept)},
         "scores": {stage.recipe.task.name: scores},
         "history": [],
@@ -121,13 +121,13 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
                 settings,
                 recipe.seed,
                 directory.checkpoints(name),
-                validate=(lambda: Validation(*loss_and_accuracy(base, validation))) if validation else None,
+                validate=(lambda: _validate(stage, validation, reserve)) if validation else None,
                 hooks=[stage.progress.training, *hooks],
                 should_stop=stage.should_stop,
             )
         directory.save_log(name, done.history)
         peak = peak_bytes()
-        loss, accuracy = loss_and_accuracy(base, validation) if validation else (None, None)
+        kept = _validate(stage, validation, reserve) if validation else None
         trained = {
             "method": method.method,
             "trainable_parameters": sum(parameter.numel() for parameter in parameters(base, name).values()),
@@ -138,8 +138,8 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
             "best_step": done.best_step or done.step,
             "learning_rate": settings.learning_rate or method.defaults.learning_rate,
             "peak_memory_bytes": peak,
-            "validation_loss": loss,
-            "validation_accuracy": accuracy,
+            "validation_loss": kept.loss if kept else None,
+            "validation_accuracy": kept.accuracy if kept else None,
             "shots": {"asked": 0, "least": 0, "mean": 0.0},
             "history": done.history,
             "cut": sum(bool(row.cut) for row in rows),
@@ -150,6 +150,15 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
     base.use(name)
     scores = {recipe.task.name: _score(stage, name, recipe.task, stage.examples.test, reserve)}
     return {**trained, "scores": scores | _score_retention(stage, name, reserve)}
+
+
+def _validate(stage: Stage, rows: list[Encoded], reserve: int, examples: Sequence[Example] | None = None) -> Validation:
+    """Loss on the validation targets, and accuracy: of the answers where there are choices, else of the next token."""
+    loss, accuracy = loss_and_accuracy(stage.base, rows)
+    if stage.recipe.task.choices:
+        answers = answer(stage.base, stage.encoder, examples or stage.examples.validation, 1, reserve)
+        accuracy = sum(one.prediction in one.references for one in answers) / len(answers)
+    return Validation(loss, accuracy)
 
 
 def _score_retention(stage: Stage, name: str, reserve: int) -> dict[str, Any]:

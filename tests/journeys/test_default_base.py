@@ -82,6 +82,19 @@ def test_preview_marks_exactly_the_trained_tokens() -> None:
     assert done.stdout.count("<|im_start|>assistant\n") == 2
 
 
+def test_the_gguf_file_itself_is_a_base() -> None:
+    """Named by its file, the embedded base has the same weights and tokenizer."""
+    from luthier.models.base import BaseModel
+    from luthier.models.embedded import EMBEDDED, cache_folder
+    from luthier.models.load import BaseSpec
+
+    file = cache_folder() / "downloads" / Path(EMBEDDED["smollm2-135m-instruct"].member).name
+    loaded, embedded = BaseModel.load(BaseSpec(model=str(file))), BaseModel.load(BaseSpec())
+    assert loaded.fingerprint() == embedded.fingerprint()
+    text = "Étude 東京 <|im_start|> a  b"
+    assert loaded.tokenizer(text).input_ids == embedded.tokenizer(text).input_ids
+
+
 def test_the_schemas_are_json() -> None:
     for what in ("recipe", "report"):
         done = luthier("schema", what)

@@ -23,7 +23,7 @@ def page(report: Report) -> str:
         rouge=[(metric, _metric_bars(report, metric)) for metric in metrics],
         training_loss=_curve(report, "loss", "training loss (smoothed)", "nats per target token"),
         validation_loss=_curve(report, "validation_loss", "validation loss", "nats per target token"),
-        accuracy=_curve(report, "validation_accuracy", "validation accuracy of the next token", "share"),
+        accuracy=_curve(report, "validation_accuracy", "validation accuracy", "share"),
         retained=list(dict.fromkeys(one.task for one in report.retention)),
         signatures=_signatures(report),
         recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),

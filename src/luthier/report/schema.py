@@ -46,7 +46,9 @@ class TuningReport(_Part):
     peak_memory_bytes: int | None = Field(description="Of its own process; null where it had none of its own.")
     memory_after_import_bytes: int | None
     validation_loss: float | None = Field(description="Nats per target token, of the weights kept.")
-    validation_accuracy: float | None = Field(description="Next-token accuracy on validation targets, 0-1.")
+    validation_accuracy: float | None = Field(
+        description="On validation, 0-1: of the answers where the task has choices, else of the next token."
+    )
     prompt_tokens: float = Field(description="Mean tokens of a test prompt.")
     shots: Shots
     cut: int = Field(description="Training prompts that lost their middle to fit max_length.")
