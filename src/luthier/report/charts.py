@@ -1,17 +1,18 @@
 """Charts as inline SVG that follow the page's colours: no script, no outside file, a text for every picture."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH = 640
+WIDTH = 440
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A labelled value with its interval."""
+    """A labelled value with its interval; `colour` is the tuning's place in the report."""
 
+    colour: int
     label: str
     value: float
     low: float
@@ -21,7 +22,7 @@ class Bar:
 def bars(rows: Sequence[Bar], title: str) -> str:
     """Horizontal bars with 95 % intervals, from zero; values as shown (already x100)."""
     top = max((row.high for row in rows), default=1.0) or 1.0
-    left, right, pitch = 150, 70, 34
+    left, right, pitch = 112, 50, 30
     span = WIDTH - left - right
     parts = []
     for place, row in enumerate(rows):
@@ -29,7 +30,7 @@ def bars(rows: Sequence[Bar], title: str) -> str:
         x, low, high = (left + span * amount / top for amount in (row.value, row.low, row.high))
         parts.append(
             f'<text x="{left - 10}" y="{y + 13}" text-anchor="end">{escape(row.label)}</text>'
-            f'<rect class="s{place % 6} bar" x="{left}" y="{y}" width="{max(x - left, 0.5):.1f}" height="18" rx="3"/>'
+            f'<rect class="s{row.colour % 6} bar" x="{left}" y="{y}" width="{max(x - left, 0.5):.1f}" height="18" rx="3"/>'
             f'<path class="whisker" d="M{low:.1f} {y + 9}H{high:.1f}M{low:.1f} {y + 4}v10M{high:.1f} {y + 4}v10"/>'
             f'<text x="{high + 8:.1f}" y="{y + 13}">{row.value:.1f}</text>'
         )
@@ -37,9 +38,18 @@ def bars(rows: Sequence[Bar], title: str) -> str:
     return _svg(14 + len(rows) * pitch, title, words, "".join(parts))
 
 
-def lines(series: Mapping[str, Sequence[tuple[float, float]]], title: str, x_name: str, y_name: str) -> str:
-    """One line for each named series of (x, y) points, with a legend."""
-    points = [point for one in series.values() for point in one]
+@dataclass(frozen=True)
+class Series:
+    """A named line of (x, y) points."""
+
+    colour: int
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+def lines(series: Sequence[Series], title: str, x_name: str, y_name: str) -> str:
+    """One line for each series, with a legend."""
+    points = [point for one in series for point in one.points]
     if not points:
         return ""
     height, left, right, top, bottom = 260, 52, 16, 14, 36
@@ -67,15 +77,12 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], title: str, x_nam
         f'<text class="axis" x="{WIDTH - right}" y="{height - 4}" text-anchor="end">{escape(x_name)}</text>'
         f'<text class="axis" x="{left}" y="10">{escape(y_name)}</text>'
     )
-    for number, one in enumerate(series.values()):
-        if one:
-            parts.append(f'<path class="s{number % 6} line" d="M{"L".join(at(x, y) for x, y in one)}"/>')
-            x, y = at(*one[-1]).split()
-            parts.append(f'<circle class="s{number % 6} bar" cx="{x}" cy="{y}" r="3.5"/>')
-    legend = "".join(
-        f'<span class="key"><i class="s{number % 6}"></i>{escape(name)}</span>' for number, name in enumerate(series)
-    )
-    words = "; ".join(f"{name}: from {one[0][1]:.3f} to {one[-1][1]:.3f}" for name, one in series.items() if one)
+    for one in series:
+        parts.append(f'<path class="s{one.colour % 6} line" d="M{"L".join(at(x, y) for x, y in one.points)}"/>')
+        x, y = at(*one.points[-1]).split()
+        parts.append(f'<circle class="s{one.colour % 6} bar" cx="{x}" cy="{y}" r="3.5"/>')
+    legend = "".join(f'<span class="key"><i class="s{one.colour % 6}"></i>{escape(one.name)}</span>' for one in series)
+    words = "; ".join(f"{one.name}: from {one.points[0][1]:.3f} to {one.points[-1][1]:.3f}" for one in series)
     return f'{_svg(height, title, words, "".join(parts))}<p class="legend">{legend}</p>'
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import jinja2
 import yaml
 
-from luthier.report.charts import Bar, bars, lines, smooth
+from luthier.report.charts import Bar, Series, bars, lines, smooth
 from luthier.report.schema import Report, TuningReport
 from luthier.report.table import short, size
 
@@ -33,18 +33,17 @@ def page(report: Report) -> str:
 
 def _metric_bars(report: Report, metric: str) -> str:
     rows = []
-    for name, tuning in report.tunings.items():
+    for colour, (name, tuning) in enumerate(report.tunings.items()):
         score = tuning.scores[report.task][metric]
-        rows.append(Bar(name, score.value * 100, score.low * 100, score.high * 100))
+        rows.append(Bar(colour, name, score.value * 100, score.low * 100, score.high * 100))
     return bars(rows, f"{metric} on {report.task}")
 
 
 def _curve(report: Report, key: str, title: str, unit: str) -> str:
-    series = {}
-    for name, tuning in report.tunings.items():
-        points = _points(tuning, key)
-        if points:
-            series[name] = smooth(points) if key == "loss" else points
+    series = []
+    for colour, (name, tuning) in enumerate(report.tunings.items()):
+        if points := _points(tuning, key):
+            series.append(Series(colour, name, smooth(points) if key == "loss" else points))
     return lines(series, title, "step", unit) if series else ""
 
 

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from luthier.report.schema import Report
+from luthier.report.schema import Report, Retention
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -37,46 +37,56 @@ def _scores(report: Report) -> Table:
 
 
 def _costs(report: Report) -> Table:
-    table = Table(title="cost", title_justify="left")
-    for column in ("tuning", "trained", "share", "seconds", "peak memory", "on disk", "prompt tok"):
+    table = Table(title="cost: seconds and memory of training, tokens of a prompt", title_justify="left")
+    for column in ("tuning", "trained", "share", "seconds", "peak", "on disk", "prompt"):
         table.add_column(column, justify="left" if column == "tuning" else "right")
     for name, tuning in report.tunings.items():
         table.add_row(
             name,
-            f"{tuning.trainable_parameters:,}",
+            count(tuning.trainable_parameters),
             f"{tuning.trainable_share:.2%}",
             f"{tuning.train_seconds:.0f}",
             "-" if tuning.peak_memory_bytes is None else size(tuning.peak_memory_bytes),
             size(tuning.file_bytes),
-            f"{tuning.prompt_tokens:.0f}",
+            f"{tuning.prompt_tokens:.0f} tok",
         )
     return table
 
 
 def _forgetting(report: Report) -> Table:
-    table = Table(title="retention: before -> after (change, 95 % interval)", title_justify="left")
     tasks = list(dict.fromkeys(one.task for one in report.retention))
+    table = Table(title="retention: score after, and the change's 95 % interval", title_justify="left")
     table.add_column("tuning")
     for task in tasks:
         table.add_column(task, justify="right")
+    before = {one.task: one for one in report.retention}
+    table.add_row("(base)", *(_amount(before[task], before[task].before.value) for task in tasks))
     for name in dict.fromkeys(one.tuning for one in report.retention):
-        cells = []
-        for task in tasks:
-            one = next(one for one in report.retention if one.tuning == name and one.task == task)
-            if one.metric == "loss":
-                cells.append(f"{one.before.value:.2f} -> {one.after.value:.2f} nats")
-            else:
-                cells.append(
-                    f"{one.before.value * 100:.1f} -> {one.after.value * 100:.1f} "
-                    f"\\[{one.low * 100:+.1f}, {one.high * 100:+.1f}]"
-                )
-        table.add_row(name, *cells)
+        rows = {one.task: one for one in report.retention if one.tuning == name}
+        table.add_row(name, *(_change(rows[task]) for task in tasks))
     return table
+
+
+def _change(one: Retention) -> str:
+    if one.metric == "loss":
+        return f"{_amount(one, one.after.value)} \\[{one.low:+.2f}, {one.high:+.2f}]"
+    return f"{_amount(one, one.after.value)} \\[{one.low * 100:+.1f}, {one.high * 100:+.1f}]"
+
+
+def _amount(one: Retention, value: float) -> str:
+    return f"{value:.2f} nats" if one.metric == "loss" else f"{value * 100:.1f}"
 
 
 def short(metric: str) -> str:
     """A column heading for a metric."""
     return {"rouge1": "R-1", "rouge2": "R-2", "rougeL": "R-L", "rougeLsum": "R-Lsum"}.get(metric, metric)
+
+
+def count(number: int) -> str:
+    """A number of parameters in the unit a person reads."""
+    if number < 10_000:
+        return f"{number:,}"
+    return f"{number / 1e6:.1f} M" if number < 1e9 else f"{number / 1e9:.2f} B"
 
 
 def size(count: int) -> str:
