@@ -11,7 +11,7 @@ python=${PYTHON:-python3}
 wanted=$(cat scripts/setup.sh pyproject.toml $pins | cksum | cut -d' ' -f1)
 mark() { echo "$wanted" > "$venv/.$1.partial" && mv "$venv/.$1.partial" "$venv/.$1"; }
 marked() { [ "$(cat "$venv/.$1" 2>/dev/null)" = "$wanted" ]; }
-install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint $pins "$@"; }
+install() { "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --constraint $pins "$@"; }
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
   echo "Luthier needs Python 3.11 or newer; $("$python" --version) was found. Set PYTHON=/path/to/python3." >&2; exit 2; }
