@@ -111,6 +111,10 @@ def test_a_run_writes_the_comparison_and_its_tunings_can_be_used(
         ]
         assert session.generate(texts, name) == saved, name
     assert session.generate(texts) == session.generate(texts, "zero_shot")
+    assert session.generate([{"text": texts[0], "who": "ignored"}], "lora") == session.generate(texts[:1], "lora")
+    assert session.generate([f"Say who: {texts[0]}"], "lora", raw=True) == session.generate(texts[:1], "lora")
+    with pytest.raises(UserError, match="no column 'text'"):
+        session.generate([{"txt": "x"}], "lora")
     with pytest.raises(UserError, match="Did you mean 'lora'"):
         session.generate(texts, "lara")
     with pytest.raises(UserError, match="makes a prompt of .* tokens"):

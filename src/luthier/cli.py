@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -69,7 +69,10 @@ def generate(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     text: Annotated[str | None, typer.Argument(help="The text to answer.")] = None,
     tuning: Annotated[str | None, typer.Option(help="A tuning of the run; without it the base answers.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Answer every line of this file (JSON strings, or plain).")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="Answer each line: plain text, or JSON (a string, or an object with the template's names)."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write JSON lines {text, answer} here.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="The text is the whole prompt; use no template.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: the task's.")] = None,
@@ -80,7 +83,7 @@ def generate(
 
     if (text is None) == (file is None):
         raise UserError("Give either a text or --file FILE.")
-    texts = [text] if text is not None else _lines(file or Path())
+    texts: list[str | dict[str, Any]] = [text] if text is not None else _lines(file or Path())
     answers = Session(run).generate(texts, tuning, raw=raw, max_new_tokens=max_new_tokens)
     if out:
         pairs = zip(texts, answers, strict=True)
@@ -114,18 +117,18 @@ def _load(path: Path, changes: list[str] | None):  # type: ignore[no-untyped-def
     return load_recipe(path, placed)
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[str | dict[str, Any]]:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} could not be read: {error}.") from None
-    texts = []
+    texts: list[str | dict[str, Any]] = []
     for line in filter(str.strip, content.splitlines()):
         try:
             value = json.loads(line)
         except json.JSONDecodeError:
             value = line
-        texts.append(value if isinstance(value, str) else line)
+        texts.append(value if isinstance(value, (str, dict)) else line)
     if not texts:
         raise UserError(f"{path} holds no text.")
     return texts
@@ -138,11 +141,15 @@ def _visible(piece: str) -> str:
 def main() -> None:
     """Entry point: user errors end with one message and code 2, a stopped run with code 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would break ours
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped: nothing had begun.", file=sys.stderr)
+        sys.exit(130)
     except Interrupted as stop:
         print(f"stopped: {stop} Continue with --resume.", file=sys.stderr)
         sys.exit(130)

@@ -3,13 +3,18 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from luthier.errors import UserError
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write through a temporary file, fsync and rename, so a kill or a full disk leaves the old file.
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary file to write; then fsync and rename it, so a kill or a full disk leaves the old one.
 
     Raises UserError where the disk is full or the folder cannot be written.
     """
@@ -17,18 +22,26 @@ def write_whole(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
+        os.close(handle)
+        yield Path(partial)
+        with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
-        if partial and os.path.exists(partial):
-            os.unlink(partial)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"{path} could not be written: {error.strerror}. What was there before is unchanged; "
+            f"{path} could not be written: {reason}. What was there before is unchanged; "
             "free some space or choose another folder, then continue with --resume."
         ) from None
+    finally:
+        if partial and os.path.exists(partial):
+            os.unlink(partial)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write bytes as a whole file."""
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,7 +1,8 @@
 """Using a finished run: one base in memory, its tunings by name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from luthier.data.task import Example
 from luthier.data.template import Template
@@ -23,12 +24,17 @@ class Session:
         self.encoder = self.recipe.encoder(self.base.tokenizer, self.base.encoder_decoder, self.base.context)
 
     def generate(
-        self, texts: Sequence[str], tuning: str | None = None, *, raw: bool = False, max_new_tokens: int | None = None
+        self,
+        texts: Sequence[str | Mapping[str, Any]],
+        tuning: str | None = None,
+        *,
+        raw: bool = False,
+        max_new_tokens: int | None = None,
     ) -> list[str]:
         """Answer texts with a tuning of the run (None: the bare base), greedily.
 
-        A text fills the task's template where that has a single variable; with `raw` it is the prompt
-        itself. Raises UserError for an unknown tuning and for a prompt longer than the context.
+        A mapping fills the task's template by name, a text where it has a single variable; with `raw` a
+        text is the prompt itself. Raises UserError for an unknown tuning and for a prompt longer than the context.
         """
         reserve = self._use(tuning)
         new_tokens = max_new_tokens or self.recipe.task.max_new_tokens
@@ -67,16 +73,20 @@ class Session:
         self.base.use(tuning)
         return method.virtual_tokens()
 
-    def _example(self, text: str, raw: bool, number: int) -> Example:
+    def _example(self, text: str | Mapping[str, Any], raw: bool, number: int) -> Example:
         task = self.recipe.task
-        prompt = text
-        if not raw:
+        if isinstance(text, Mapping):
+            prompt = Template(task.template).render_prompt(text, f"text {number}")
+        elif raw:
+            prompt = text
+        else:
             template = Template(task.template)
             variables = template.prompt_variables()
             if len(variables) != 1:
                 raise UserError(
                     f"The template of task {task.name!r} uses {len(variables)} variables in its prompt "
-                    f"({', '.join(sorted(variables))}), so a single text cannot fill it. Give the whole prompt with --raw."
+                    f"({', '.join(sorted(variables))}), so a single text cannot fill it. Give each by name (a JSON object a line, with --file), or the "
+                    "whole prompt with --raw."
                 )
             prompt = template.render_prompt({variables.pop(): text}, f"text {number}")
         return Example(f"text {number}", prompt, "", system=task.system)

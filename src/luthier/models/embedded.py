@@ -130,6 +130,7 @@ def _sha256(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         print(embedded_folder("smollm2-135m-instruct"))
     except UserError as error:

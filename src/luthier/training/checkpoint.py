@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from luthier.files import write_whole
+from luthier.files import whole_file
 
 
 @dataclass
@@ -37,7 +37,8 @@ def write_checkpoint(
     if torch.cuda.is_available():
         tensors["generator.cuda"] = torch.cuda.get_rng_state()
     flat = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    write_whole(path, save(flat, metadata={"progress": json.dumps(asdict(progress))}))
+    with whole_file(path) as partial:
+        save_file(flat, partial, metadata={"progress": json.dumps(asdict(progress))})
 
 
 def read_checkpoint(path: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:

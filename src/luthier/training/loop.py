@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 from luthier.encoding.batches import collate, micro_batches, step_rows
 from luthier.encoding.encoder import Encoded
 from luthier.errors import Interrupted, UserError
-from luthier.files import write_whole
+from luthier.files import whole_file
 from luthier.models.base import BaseModel
 from luthier.models.loss import loss_sum
 from luthier.training.checkpoint import Progress, read_checkpoint, write_checkpoint
@@ -133,5 +133,6 @@ def _validate(
     if progress.best_loss is None or found.loss < progress.best_loss:
         progress.best_loss, progress.best_step, progress.without_gain = found.loss, progress.step, 0
         tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in parameters(base, name).items()}
-        write_whole(best, save(tensors))
+        with whole_file(best) as partial:
+            save_file(tensors, partial)
     tell({"step": progress.step, "validation_loss": found.loss, "validation_accuracy": found.accuracy})
