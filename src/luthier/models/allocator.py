@@ -7,16 +7,19 @@ page by page, at the next step. Two `mallopt` calls stop that; elsewhere than gl
 import ctypes
 import sys
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to reuse freed blocks up to 1 GiB; return whether it agreed."""
+    """Ask glibc to reuse freed blocks from one heap; return whether it agreed.
+
+    One arena, because backward runs in a thread of its own: what it frees is then forward's to take.
+    """
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    # glibc caps the threshold for mmap at 32 MiB on its own adjustment, not on ours.
-    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))
+    wanted = ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, (1 << 31) - 1))
+    return all([bool(mallopt(option, value)) for option, value in wanted])

@@ -1,0 +1,79 @@
+"""Finding a base by name, and what is said when it is not one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests import tiny
+
+from luthier.errors import UserError
+from luthier.models.base import BaseModel
+from luthier.models.load import BaseSpec, resolve_device, resolve_dtype
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    base = tiny.make("llama")
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_directory_is_a_base_in_either_precision(saved: Path, dtype: str) -> None:
+    base = BaseModel.load(BaseSpec(model=str(saved), dtype=dtype, device="cpu"))
+    assert base.dtype == getattr(torch, dtype)
+    assert base.fingerprint() == tiny.make("llama").fingerprint(), "the fingerprint must not depend on the precision"
+    assert base.fingerprint() != tiny.make("llama", seed=1).fingerprint()
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+def test_auto_takes_what_this_machine_has() -> None:
+    device = resolve_device("auto")
+    assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert resolve_dtype("auto", device) in (torch.bfloat16, torch.float32)
+    assert resolve_dtype("float32", device) is torch.float32
+    with pytest.raises(UserError, match="device 'gpu' cannot be used"):
+        resolve_device("gpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smollm2-135m-instrct", "Did you mean 'smollm2-135m-instruct'"),
+        ("./nowhere", "Unknown base model './nowhere'"),
+        ("nowhere.gguf", "nowhere.gguf does not exist"),
+    ],
+)
+def test_a_name_that_is_nothing(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        BaseModel.load(BaseSpec(model=name))
+
+
+def test_broken_directories_are_explained(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="could not be read from the directory"):
+        BaseModel.load(BaseSpec(model=str(tmp_path)))
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(UserError, match="could not be read from the directory"):
+        BaseModel.load(BaseSpec(model=str(tmp_path)))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")  # pickled weights are never opened
+    with pytest.raises(UserError, match="could not be read from the directory"):
+        BaseModel.load(BaseSpec(model=str(tmp_path)))
+    (tmp_path / "junk.gguf").write_bytes(b"GGUF" + b"\0" * 64)
+    with pytest.raises(UserError, match="could not be read from the GGUF file"):
+        BaseModel.load(BaseSpec(model=str(tmp_path / "junk.gguf")))
+
+
+def test_t5_refuses_float16(tmp_path: Path) -> None:
+    base = tiny.make("t5")
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "t5"
+    with pytest.raises(UserError, match="T5 overflows in float16"):
+        BaseModel.load(BaseSpec(model=str(tmp_path), dtype="float16"))
