@@ -123,7 +123,7 @@ def _lines(path: Path) -> list[str | dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} could not be read: {error}.") from None
     texts: list[str | dict[str, Any]] = []
-    for line in filter(str.strip, content.splitlines()):
+    for line in filter(str.strip, content.split("\n")):
         try:
             value = json.loads(line)
         except json.JSONDecodeError:

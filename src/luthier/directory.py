@@ -115,7 +115,7 @@ class RunDirectory:
         file = self.path / "predictions" / f"{name}.jsonl"
         if not file.is_file():
             return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
     def environment(self) -> dict[str, Any]:
         """What the run was started on."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Tag
 
 from luthier.data.source import Row, Source, read_rows
-from luthier.data.template import Template, choices_of
+from luthier.data.template import Template
 from luthier.errors import UserError
 
 Split = Literal["train", "validation", "test"]
@@ -92,7 +92,7 @@ def load_examples(task: Task, folder: Path, seed: int) -> Examples:
 
     Raises UserError for unreadable rows, a split without rows and a split whose targets are all empty.
     """
-    template = Template(task.template)
+    template = Template(task.template, task.choices)
     rows = _split_rows(task, folder, seed)
     examples = {
         split: [_render(task, template, row, task.references if split == "test" else []) for row in rows[split]]
@@ -148,7 +148,7 @@ def _render(task: Task, template: Template, row: Row, references: list[str]) -> 
         raise UserError(
             f"{row.id} has no column {missing[0]!r} (asked for by `references`). It has: {', '.join(map(str, row.values))}."
         )
-    choices = choices_of(task.choices, row.values, row.id)
+    choices = template.choices(row.values, row.id) or ()
     if choices and rendered.completion not in choices:
         raise UserError(f"{row.id}: the answer {rendered.completion!r} is not among the choices: {', '.join(choices)}.")
     return Example(
