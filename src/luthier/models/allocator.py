@@ -9,9 +9,12 @@ import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
+# Larger blocks go back at once: there are few, and between smaller ones they tear holes that nothing fits.
+_LARGEST_KEPT = 32 << 20
+
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to reuse freed blocks from one heap; return whether it agreed.
+    """Ask glibc to reuse freed blocks up to 32 MiB from one heap; return whether it agreed.
 
     One arena, because backward runs in a thread of its own: what it frees is then forward's to take.
     """
@@ -21,5 +24,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    wanted = ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, (1 << 31) - 1))
-    return all([bool(mallopt(option, value)) for option, value in wanted])
+    wanted = ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, _LARGEST_KEPT), (_M_TRIM_THRESHOLD, (1 << 31) - 1))
+    return all(bool(mallopt(option, value)) for option, value in wanted)
