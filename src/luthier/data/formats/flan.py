@@ -1,0 +1,106 @@
+"""FLAN's template pairs (Wei et al. 2021; Chung et al. 2022), from a YAML or JSON form without Python.
+
+A pair is `inputs` and `targets` with ``{field}`` places. Substitution is a plain replacement of known names,
+not str.format: braces in the data stay, and so do unknown names' places.
+Few-shot: for each exemplar inputs_prefix + input + x_y_delimiter + targets_prefix + target, then
+example_separator; last the question, up to where its target would begin.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from luthier.errors import UserError, nearest
+
+_PLACE = re.compile(r"{(\w+)}")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One template pair with its few-shot delimiters."""
+
+    inputs: str
+    targets: str
+    inputs_prefix: str = ""
+    targets_prefix: str = ""
+    x_y_delimiter: str = "\n\n"
+    example_separator: str = "\n\n"
+    final_suffix: str = ""
+    input_pattern: str = "{{inputs}}{final_suffix}"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A rendered example."""
+
+    inputs: str
+    targets: str
+
+
+def substitute(pattern: str, values: Mapping[str, Any]) -> str:
+    """Put values in their places; what a value itself holds is not looked at again."""
+    return _PLACE.sub(lambda found: str(values.get(found[1], found[0])), pattern)
+
+
+def options_field(options: Sequence[str]) -> str:
+    """FLAN's ``{options_}``: the answer choices as a list."""
+    return "OPTIONS:\n- " + "\n- ".join(options)
+
+
+def zero_shot(pattern: Pattern, values: Mapping[str, Any]) -> Pair:
+    """Render a pair alone."""
+    return Pair(substitute(pattern.inputs, values), substitute(pattern.targets, values))
+
+
+def few_shot(
+    query: tuple[Pattern, Mapping[str, Any]],
+    exemplars: Sequence[tuple[Pattern, Mapping[str, Any]]],
+    separator: str | None = None,
+) -> Pair:
+    """Show exemplars before the query, each by its own pattern (FLAN's fixed-shot form).
+
+    `separator` stands between all of them; default: the query pattern's. The query ends where its target
+    would begin, without trailing spaces.
+    """
+    pattern, values = query
+    between = pattern.example_separator if separator is None else separator
+    shown = [
+        f"{one.inputs_prefix}{substitute(one.inputs, of)}{one.x_y_delimiter}{one.targets_prefix}{substitute(one.targets, of)}"
+        for one, of in exemplars
+    ]
+    asked = f"{pattern.inputs_prefix}{substitute(pattern.inputs, values)}{pattern.x_y_delimiter}{pattern.targets_prefix.rstrip()}"
+    inputs = between.join([*shown, asked]).rstrip(" ") + pattern.final_suffix
+    return Pair(inputs, substitute(pattern.targets, values))
+
+
+def read_patterns(path: Path) -> dict[str, list[Pattern]]:
+    """Template pairs by task from a YAML or JSON file: {task: [{inputs, targets, ...}]}.
+
+    Raises UserError for a file that is none and for an unknown key.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} could not be read: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict) or not all(isinstance(pairs, list) for pairs in content.values()):
+        raise UserError(f"{path} is no FLAN file: a mapping of task names to lists of template pairs.")
+    return {
+        str(task): [_pattern(pair, f"{path}: {task}, pair {number}") for number, pair in enumerate(pairs, 1)]
+        for task, pairs in content.items()
+    }
+
+
+def _pattern(pair: Any, where: str) -> Pattern:
+    if isinstance(pair, list) and len(pair) == 2:  # the short form: [inputs, targets]
+        pair = {"inputs": pair[0], "targets": pair[1]}
+    if not isinstance(pair, dict) or not {"inputs", "targets"} <= pair.keys():
+        raise UserError(f"{where} must hold `inputs` and `targets`.")
+    allowed = [one.name for one in fields(Pattern)]
+    for key in pair:
+        if key not in allowed:
+            raise UserError(f"{where}: unknown key {key!r}. {nearest(str(key), allowed)}")
+    return Pattern(**{key: str(value) for key, value in pair.items()})
