@@ -121,6 +121,19 @@ def test_a_run_writes_the_comparison_and_its_tunings_can_be_used(
         session.generate(["room " * 3000], "lora")
 
 
+def test_shots_fill_the_context_and_it_is_said_how_many_fitted(content: dict, tmp_path: Path, capsys) -> None:
+    """max_length limits training rows; shots may use the model's whole window (512 here), and no more."""
+    content["max_length"] = 40
+    content["retention"] = []
+    content["tunings"] = {"two": {"method": "few_shot", "shots": 2}, "all": {"method": "few_shot", "shots": 14}}
+    report = run(make_recipe(content), tmp_path / "out", isolate=False)
+    two, many = report.tunings["two"], report.tunings["all"]
+    assert (two.shots.asked, two.shots.least, two.shots.mean) == (2, 2, 2.0)
+    assert 2 < many.shots.least < 14
+    assert 40 < two.prompt_tokens < many.prompt_tokens <= 512 - 5
+    assert "6 of 6 prompts hold fewer than 14 shots" in capsys.readouterr().out
+
+
 def test_a_task_with_choices_is_validated_by_its_answers(content: dict, tmp_path: Path) -> None:
     """The share of right answers has the validation split's denominator, not its tokens'."""
     content["task"] = {**content["retention"][0], "train": "rows.jsonl", "validation": 7, "test": 5, "name": "who"}

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ def run_stage(directory: RunDirectory, name: str, should_stop: Callable[[], bool
 def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
     """Score the base as it is; its retention is the baseline's, for nothing was changed."""
     asked = method.shot_count()
+    if asked:  # training's limit on rows is no limit on what the model can read
+        stage = replace(stage, encoder=stage.encoder.widened(stage.base.context))
     shots = choose_shots(stage.examples.train, asked, stage.recipe.seed) if asked else []
     budget = stage.encoder.max_length - stage.recipe.task.max_new_tokens
     prepared = {

@@ -6,6 +6,7 @@ nothing else, and a tuned model sees the prompt ids it was trained on.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,12 @@ class Encoder:
         self.end: int = self._end_of_turn() if self.chat else tokenizer.eos_token_id
         # Tokens the tokenizer puts around every plain text (a start token; T5's end token).
         self._before, self._after = self._wrapping()
+
+    def widened(self, max_length: int) -> "Encoder":
+        """The same encoder with another limit: prompts with shots may fill the whole context."""
+        wide = copy(self)
+        wide.max_length = max_length
+        return wide
 
     @property
     def stops(self) -> list[int]:

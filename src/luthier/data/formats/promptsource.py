@@ -27,8 +27,12 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that reads promptsource's two tags as mappings."""
 
 
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    return loader.construct_mapping(node, deep=True)
+
+
 for _tag in ("!Template", "!TemplateMetadata"):
-    _Loader.add_constructor(_tag, lambda loader, node: loader.construct_mapping(node, deep=True))
+    _Loader.add_constructor(_tag, _mapping)
 
 
 def read_templates(path: Path) -> dict[str, Entry]:
