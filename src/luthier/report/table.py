@@ -84,7 +84,7 @@ def short(metric: str) -> str:
 
 def count(number: int) -> str:
     """A number of parameters in the unit a person reads."""
-    if number < 10_000:
+    if number < 1_000_000:
         return f"{number:,}"
     return f"{number / 1e6:.1f} M" if number < 1e9 else f"{number / 1e9:.2f} B"
 
