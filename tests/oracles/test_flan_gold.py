@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.data.formats.flan import Pattern, few_shot, zero_shot
+from luthier.data.formats.flan import Pattern, few_shot, keep_exemplars, natural_instructions, zero_shot
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +48,27 @@ def test_mixed_templates(cases: list[dict]) -> None:
             case["example_separator"],
         )
         assert (pair.inputs, pair.targets) == (case["expected_inputs"], case["expected_targets"]), case
+
+
+def test_any_number_of_shots(cases: list[dict]) -> None:
+    for case in kinds(cases, "x_shot"):
+        pattern = Pattern(**case["pattern"])
+        shown = [(pattern, one) for one in literal(case["exemplar_fields"])]
+        pair = few_shot((pattern, case["query_fields"]), shown, folded=True)
+        assert (pair.inputs, pair.targets) == (case["expected_inputs"], case["expected_targets"]), case
+
+
+def test_natural_instructions(cases: list[dict]) -> None:
+    for case in kinds(cases, "natinst_x_shot"):
+        values = case["fields"]
+        shown = [(values[f"exemplar_inputs_{n}"], values[f"exemplar_targets_{n}"]) for n in range(2)]
+        pair = natural_instructions(Pattern(**case["pattern"]), values, shown)
+        assert (pair.inputs, pair.targets) == (case["expected_inputs"], case["expected_targets"]), case
+
+
+def test_exemplars_that_do_not_fit_are_dropped(cases: list[dict]) -> None:
+    for case in kinds(cases, "prune_by_length"):
+        sizes = list(zip(case["exemplar_input_tokens"], case["exemplar_target_tokens"], strict=True))
+        kept = keep_exemplars(sizes, case["query_input_tokens"], case["max_input_length"])
+        assert kept == case["expected_kept"], case
+        assert (not kept) == case["example_dropped_if_none_kept"], case

@@ -60,21 +60,63 @@ def few_shot(
     query: tuple[Pattern, Mapping[str, Any]],
     exemplars: Sequence[tuple[Pattern, Mapping[str, Any]]],
     separator: str | None = None,
+    folded: bool = False,
 ) -> Pair:
-    """Show exemplars before the query, each by its own pattern (FLAN's fixed-shot form).
+    """Show exemplars before the query, each by its own pattern.
 
-    `separator` stands between all of them; default: the query pattern's. The query ends where its target
-    would begin, without trailing spaces.
+    `separator` stands between all of them; default: the query pattern's. The query ends where its target would
+    begin, without trailing spaces. FLAN has two forms: fixed (1, 2 or 5 shots) also drops a newline that ends the
+    targets' prefix; the `folded` one (any number of shots) keeps it and strips the targets.
     """
     pattern, values = query
     between = pattern.example_separator if separator is None else separator
+    shown = [_asked(one, of) + _target(one, of, folded) for one, of in exemplars]
+    asked = _asked(pattern, values) if folded else _asked(pattern, values, pattern.targets_prefix.rstrip())
+    body = between.join([*shown, asked]).rstrip(" ")
+    return Pair(_wrapped(pattern, values, body), _target(pattern, values, folded))
+
+
+def natural_instructions(pattern: Pattern, values: Mapping[str, Any], exemplars: Sequence[tuple[str, str]]) -> Pair:
+    """FLAN's few-shot form of Natural Instructions: the definition once, then exemplars (input, output).
+
+    The target keeps the separator behind it, as FLAN's does.
+    """
     shown = [
-        f"{one.inputs_prefix}{substitute(one.inputs, of)}{one.x_y_delimiter}{one.targets_prefix}{substitute(one.targets, of)}"
-        for one, of in exemplars
+        _asked(pattern, {**values, "input": question}) + substitute(pattern.targets, {"output": answer})
+        for question, answer in exemplars
     ]
-    asked = f"{pattern.inputs_prefix}{substitute(pattern.inputs, values)}{pattern.x_y_delimiter}{pattern.targets_prefix.rstrip()}"
-    inputs = between.join([*shown, asked]).rstrip(" ") + pattern.final_suffix
-    return Pair(inputs, substitute(pattern.targets, values))
+    body = pattern.example_separator.join([*shown, _asked(pattern, values)]).rstrip(" ")
+    return Pair(_wrapped(pattern, values, body), substitute(pattern.targets, values) + pattern.example_separator)
+
+
+def keep_exemplars(exemplars: Sequence[tuple[int, int]], query: int, limit: int = 1920) -> list[int]:
+    """Which exemplars, given as (input tokens, target tokens), fit before a query of `query` tokens.
+
+    They are kept in order while their sum is at most limit - query; with none left FLAN drops the example.
+    """
+    kept, total = [], 0
+    for place, (inputs, targets) in enumerate(exemplars):
+        total += inputs + targets
+        if total > limit - query:
+            break
+        kept.append(place)
+    return kept
+
+
+def _asked(pattern: Pattern, values: Mapping[str, Any], targets_prefix: str | None = None) -> str:
+    prefix = pattern.targets_prefix if targets_prefix is None else targets_prefix
+    return f"{pattern.inputs_prefix}{substitute(pattern.inputs, values)}{pattern.x_y_delimiter}{prefix}"
+
+
+def _target(pattern: Pattern, values: Mapping[str, Any], strip: bool) -> str:
+    target = substitute(pattern.targets, values)
+    return target.strip() if strip else target
+
+
+def _wrapped(pattern: Pattern, values: Mapping[str, Any], body: str) -> str:
+    """Put the body into the pattern's frame: FLAN writes it for str.format, with doubled braces."""
+    frame = pattern.input_pattern.replace("{final_suffix}", pattern.final_suffix)
+    return substitute(frame.replace("{{", "{").replace("}}", "}"), {**values, "inputs": body})
 
 
 def read_patterns(path: Path) -> dict[str, list[Pattern]]:
