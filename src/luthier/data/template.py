@@ -7,7 +7,7 @@ field is protected and never splits.
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +43,14 @@ class Template:
     def __init__(self, text: str, choices: str | Sequence[str] | None = None, strict: bool = True):
         self.text, self.choice_text, self.strict = text, choices, strict
         self._compiled: dict[str, jinja2.Template] = {}
-        self._compile(text)
-        if isinstance(choices, str):
-            self._compile(choices)
+        # Parsed, not compiled: compiling computes constants, and a template from outside is computed elsewhere.
+        for one in (text, choices):
+            if isinstance(one, str):
+                self._explained(one, self._environment.parse)
+
+    @property
+    def _environment(self) -> SandboxedEnvironment:
+        return _strict if self.strict else _lenient
 
     def render(self, values: Mapping[str, Any], where: str) -> Rendered:
         """Render one row; `where` names it in errors. Raises UserError for a row it cannot render."""
@@ -99,13 +104,16 @@ class Template:
     def _compile(self, text: str) -> jinja2.Template:
         # Jinja draws from a constant list while it compiles, so a template that draws is compiled each time.
         if text not in self._compiled or "choice" in text or "random" in text:
-            try:
-                self._compiled[text] = (_strict if self.strict else _lenient).from_string(text)
-            except jinja2.TemplateSyntaxError as error:
-                raise UserError(
-                    f"The template is not valid Jinja, line {error.lineno}: {error.message}. It is: {_short(text)}"
-                ) from error
+            self._compiled[text] = self._explained(text, self._environment.from_string)
         return self._compiled[text]
+
+    def _explained(self, text: str, read: Callable[[str], Any]) -> Any:
+        try:
+            return read(text)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"The template is not valid Jinja, line {error.lineno}: {error.message}. It is: {_short(text)}"
+            ) from error
 
     def _failed(self, where: str, error: Exception, values: Mapping[str, Any]) -> UserError:
         if isinstance(error, SecurityError):
