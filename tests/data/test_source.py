@@ -16,6 +16,63 @@ def test_jsonl_and_csv_hold_the_same_rows(tmp_path: Path) -> None:
     assert [row.id for row in read_rows(Source("r.jsonl"), tmp_path)] == ["r.jsonl:1", "r.jsonl:3"]
 
 
+def test_every_format_and_compression_holds_the_same_rows(tmp_path: Path) -> None:
+    import bz2
+    import gzip
+    import lzma
+
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"a": f"x{n} é\u2028", "b": str(n)} for n in range(5)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "r.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    (tmp_path / "d.json").write_text(json.dumps({"data": rows}))
+    (tmp_path / "r.tsv").write_text("a\tb\n" + "".join(f"{row['a']}\t{row['b']}\n" for row in rows), encoding="utf-8")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet")
+    for suffix, module in (("gz", gzip), ("bz2", bz2), ("xz", lzma)):
+        (tmp_path / f"r.jsonl.{suffix}").write_bytes(module.compress(lines.encode()))
+    for file in tmp_path.iterdir():
+        assert [row.values for row in read_rows(Source(file.name), tmp_path)] == rows, file.name
+    both = read_rows(Source("r.*n*", limit=7), tmp_path)
+    assert [row.id for row in both] == [f"r.json:{n}" for n in range(1, 6)] + ["r.jsonl:1", "r.jsonl:2"]
+    with pytest.raises(UserError, match="No file matches"):
+        read_rows(Source("q*.jsonl"), tmp_path)
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:40])
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 no")
+    for name in ("t.jsonl.gz", "t.parquet"):
+        with pytest.raises(UserError, match=f"{name} .*read"):
+            read_rows(Source(name), tmp_path)
+
+
+def test_super_natural_instructions_current_and_irregular(shared: Path) -> None:
+    for path in sorted((shared / "data" / "sni").rglob("task*.json")):
+        rows = read_rows(Source(str(path)), path.parent)
+        raw = json.loads(path.read_text())
+        assert len(rows) == len(raw["Instances"])
+        for row, instance in zip(rows, raw["Instances"], strict=True):
+            outputs = instance["output"] if isinstance(instance["output"], list) else [instance["output"]]
+            assert row.values["input"] == instance["input"]
+            assert row.values["outputs"] == outputs
+            assert row.values["output"] == outputs[0]
+            assert isinstance(row.values["categories"], list)
+            assert isinstance(row.values["definition"], str)
+
+
+@pytest.mark.parametrize("definition", ["Do it.", ["Do it."], [], None])
+def test_super_natural_instructions_by_hand(tmp_path: Path, definition) -> None:
+    task = {"Definition": definition, "Categories": "QA", "Instances": [{"input": "i", "output": "o"}]}
+    (tmp_path / "task9_x.json").write_text(json.dumps(task))
+    values = read_rows(Source("task9_x.json"), tmp_path)[0].values
+    assert values["definition"] == ("Do it." if definition else "")
+    assert (values["task"], values["categories"], values["outputs"]) == ("task9_x", ["QA"], ["o"])
+    task["Instances"].append({"input": "i", "output": []})
+    (tmp_path / "task9_x.json").write_text(json.dumps(task))
+    with pytest.raises(UserError, match="instance 2 must hold"):
+        read_rows(Source("task9_x.json"), tmp_path)
+
+
 def test_columns_rename_and_limit_takes_the_first(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text('{"summary1": "s"}\n{"summary1": "t"}\n')
     rows = read_rows(Source("r.jsonl", columns={"summary": "summary1"}, limit=1), tmp_path)
@@ -56,5 +113,5 @@ def test_a_missing_column_is_named_with_those_that_exist(tmp_path: Path) -> None
 
 def test_an_unreadable_kind_names_the_readable_ones(tmp_path: Path) -> None:
     (tmp_path / "r.xml").write_text("<a/>")
-    with pytest.raises(UserError, match=r"'.xml'. Readable: .jsonl"):
+    with pytest.raises(UserError, match=r"'.xml'. Readable: .jsonl, .json, .csv, .tsv, .parquet; compressed too"):
         read_rows(Source("r.xml"), tmp_path)

@@ -1,8 +1,17 @@
-"""Rows from files: JSON lines and CSV, each row with the id that error messages name."""
+"""Rows from files, each with the id that error messages name.
 
+JSON lines, JSON, CSV, TSV and Parquet, also compressed (.gz, .bz2, .xz), several at once by a glob; and the task
+files of Super-NaturalInstructions, current and old.
+"""
+
+import bz2
 import csv
+import glob
+import gzip
+import io
 import json
-from collections.abc import Iterator
+import lzma
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,12 +19,10 @@ from typing import Any, ClassVar
 from luthier.data.library import FOLDER
 from luthier.errors import UserError
 
-READERS = {".jsonl": "JSON lines", ".csv": "comma-separated, with a header row"}
-
 
 @dataclass(frozen=True)
 class Source:
-    """Where the rows of one split come from.
+    """Where the rows of one split come from: a file, or a glob whose files are read in order.
 
     `columns` renames: ``{summary: summary1}`` lets a template say `summary` where the file
     says `summary1`. `limit` keeps the first rows only.
@@ -46,28 +53,47 @@ def read_rows(source: Source, folder: Path) -> list[Row]:
     Raises UserError for a missing, empty or broken file (with the line) and for a column that
     is not there.
     """
-    path = locate(source.path, folder)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(
-            f"The data file {path} {what}. Relative paths resolve in {folder.absolute()}; "
-            "set `data:` in the recipe (or --set data=FOLDER) to resolve them elsewhere."
-        )
-    if path.suffix not in READERS:
-        allowed = ", ".join(f"{suffix} ({what})" for suffix, what in READERS.items())
-        raise UserError(f"{path} ends in '{path.suffix}'. Readable: {allowed}.")
-    reader = _read_jsonl if path.suffix == ".jsonl" else _read_csv
-    rows = []
-    try:
-        for row in reader(path):
+    rows: list[Row] = []
+    for path in _files(source.path, folder):
+        for row in _read(path):
             rows.append(Row(row.id, _rename(row, source.columns)))
             if source.limit and len(rows) == source.limit:
-                break
+                return rows
+    if not rows:
+        raise UserError(f"{locate(source.path, folder)} is empty: it holds no rows.")
+    return rows
+
+
+def _files(path: str, folder: Path) -> list[Path]:
+    place = locate(path, folder)
+    if any(sign in path for sign in "*?["):
+        found = sorted(Path(match) for match in glob.glob(str(place), recursive=True))
+        if not found:
+            raise UserError(f"No file matches {place}. Relative paths resolve in {folder.absolute()}.")
+        return found
+    if not place.is_file():
+        what = "is a folder" if place.is_dir() else "does not exist"
+        raise UserError(
+            f"The data file {place} {what}. Relative paths resolve in {folder.absolute()}; "
+            "set `data:` in the recipe (or --set data=FOLDER) to resolve them elsewhere."
+        )
+    return [place]
+
+
+def _read(path: Path) -> Iterator[Row]:
+    suffixes = path.suffixes[-2:]
+    opener = OPENERS.get(suffixes[-1] if suffixes else "", open)
+    kind = suffixes[0] if opener is not open and len(suffixes) == 2 else path.suffix
+    if kind not in READERS:
+        allowed = ", ".join(READERS)
+        raise UserError(f"{path} ends in '{path.suffix}'. Readable: {allowed}; compressed too ({', '.join(OPENERS)}).")
+    try:
+        with opener(path, "rb") as file:
+            yield from READERS[kind](path, file)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
-    if not rows:
-        raise UserError(f"{path} is empty: it holds no rows.")
-    return rows
+    except (EOFError, lzma.LZMAError, OSError) as error:
+        raise UserError(f"{path} could not be read: {error}.") from None
 
 
 def locate(path: str, folder: Path) -> Path:
@@ -77,38 +103,110 @@ def locate(path: str, folder: Path) -> Path:
     return folder / Path(path).expanduser()  # an absolute path stays what it is
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path} line {number} is not valid JSON: {error.msg} at column {error.colno}. "
-                    f"The line begins: {line[:60].strip()!r}."
-                ) from None
-            if not isinstance(values, dict):
-                kind = type(values).__name__
-                raise UserError(f"{path} line {number} holds a {kind}; each line must be an object with named columns.")
-            yield Row(f"{path.name}:{number}", values)
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
+def _read_jsonl(path: Path, file: Any) -> Iterator[Row]:
+    for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
+        if not line.strip():
+            continue
         try:
-            for values in reader:
-                where = f"{path.name}:{reader.line_num}"
-                if None in values or None in values.values():
-                    raise UserError(
-                        f"{path} line {reader.line_num} has another number of fields than the header "
-                        f"({', '.join(reader.fieldnames or [])}). Quote fields that contain commas."
-                    )
-                yield Row(where, dict(values))
-        except csv.Error as error:
-            raise UserError(f"{path} line {reader.line_num} is not valid CSV: {error}.") from None
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path} line {number} is not valid JSON: {error.msg} at column {error.colno}. "
+                f"The line begins: {line[:60].strip()!r}."
+            ) from None
+        yield _record(values, f"{path} line {number}", f"{path.name}:{number}")
+
+
+def _read_json(path: Path, file: Any) -> Iterator[Row]:
+    """A list of records, one under `data`, or a task file of Super-NaturalInstructions."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig").read()
+    if not text.strip():
+        return
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno} is not valid JSON: {error.msg}.") from None
+    if isinstance(content, dict) and "Instances" in content:
+        yield from superni_rows(content, path)
+        return
+    records = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(records, list):
+        raise UserError(f"{path} must hold a list of records, one under 'data', or a task with 'Instances'.")
+    for number, values in enumerate(records, 1):
+        yield _record(values, f"{path} record {number}", f"{path.name}:{number}")
+
+
+def superni_rows(content: dict[str, Any], path: Path) -> Iterator[Row]:
+    """Rows of a Super-NaturalInstructions task: task, definition, input, output, outputs, examples, categories.
+
+    Old files have a bare string for `output`, `Definition` or `Categories`, an empty list of definitions, no
+    ids or ids of another task: all are read; an instance without an output is refused.
+    """
+    definition = content.get("Definition") or [""]
+    categories = content.get("Categories") or []
+    shared = {
+        "task": path.name.split(".")[0],
+        "definition": definition if isinstance(definition, str) else definition[0],
+        "positive_examples": content.get("Positive Examples") or [],
+        "negative_examples": content.get("Negative Examples") or [],
+        "categories": [categories] if isinstance(categories, str) else categories,
+    }
+    for number, instance in enumerate(content["Instances"], 1):
+        outputs = instance.get("output") if isinstance(instance, dict) else None
+        outputs = [outputs] if isinstance(outputs, str) else outputs
+        if not isinstance(instance, dict) or "input" not in instance or not outputs:
+            raise UserError(f"{path} instance {number} must hold `input` and at least one `output`.")
+        own = {"input": instance["input"], "output": outputs[0], "outputs": outputs}
+        yield Row(f"{path.name}:{number}", {**shared, **own})
+
+
+def _read_csv(path: Path, file: Any, delimiter: str = ",") -> Iterator[Row]:
+    reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    try:
+        for values in reader:
+            if None in values or None in values.values():
+                raise UserError(
+                    f"{path} line {reader.line_num} has another number of fields than the header "
+                    f"({', '.join(reader.fieldnames or [])}). Quote fields that contain the separator."
+                )
+            yield Row(f"{path.name}:{reader.line_num}", dict(values))
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num} is not valid CSV: {error}.") from None
+
+
+def _read_tsv(path: Path, file: Any) -> Iterator[Row]:
+    return _read_csv(path, file, "\t")
+
+
+def _read_parquet(path: Path, file: Any) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UserError(f"Reading {path} needs the package pyarrow: pip install 'luthier[parquet]'.") from None
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches():
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(f"{path.name}:{number}", values)
+    except ArrowException as error:
+        raise UserError(f"{path} is no readable Parquet file: {' '.join(str(error).split())[:200]}.") from None
+
+
+READERS: dict[str, Callable[[Path, Any], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}
+OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def _record(values: Any, where: str, name: str) -> Row:
+    if not isinstance(values, dict):
+        raise UserError(f"{where} holds a {type(values).__name__}; it must be an object with named columns.")
+    return Row(name, values)
 
 
 def _rename(row: Row, columns: dict[str, str]) -> dict[str, Any]:
