@@ -6,6 +6,7 @@ from typing import Any
 
 from luthier.data.task import Example
 from luthier.data.template import Template
+from luthier.data.templates import resolve_templates
 from luthier.directory import RunDirectory
 from luthier.errors import UserError, nearest
 from luthier.models.base import BaseModel
@@ -73,14 +74,19 @@ class Session:
         self.base.use(tuning)
         return method.virtual_tokens()
 
+    def _template(self) -> Template:
+        """The task's template, the first where it has several."""
+        task = self.recipe.task
+        return resolve_templates(task.template, task.choices, Path(self.recipe.data))[0].template
+
     def _example(self, text: str | Mapping[str, Any], raw: bool, number: int) -> Example:
         task = self.recipe.task
         if isinstance(text, Mapping):
-            prompt = Template(task.template).render_prompt(text, f"text {number}")
+            prompt = self._template().render_prompt(text, f"text {number}")
         elif raw:
             prompt = text
         else:
-            template = Template(task.template)
+            template = self._template()
             variables = template.prompt_variables()
             if len(variables) != 1:
                 raise UserError(

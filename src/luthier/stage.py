@@ -51,6 +51,11 @@ def run_stage(directory: RunDirectory, name: str, should_stop: Callable[[], bool
     recipe = directory.recipe()
     examples = load_examples(recipe.task, Path(recipe.data), recipe.seed)
     with Progress(name) as progress:
+        if examples.skipped:
+            progress.say(
+                f"{len(examples.skipped)} rows skipped, to which their template does not apply: "
+                f"{', '.join(examples.skipped[:3])}{' ...' if len(examples.skipped) > 3 else ''}"
+            )
         progress.say("loading the base")
         base = BaseModel.load(recipe.base)
         encoder = recipe.encoder(base.tokenizer, base.encoder_decoder, base.context)

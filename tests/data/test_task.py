@@ -47,6 +47,11 @@ def test_references_come_from_columns_else_the_completion(folder: Path) -> None:
         ({"template": "{{ q }} ||| {{ nothing }}"}, "no column 'nothing'"),
         ({"template": "{{ q }} ||| "}, "All 36 targets of the train split.*are empty"),
         ({"template": "{{ q }}"}, "no completion"),
+        ({"template": "{{ q }} ||| {{ a }} ||| b"}, "3 parts"),
+        ({"template": "promptsource:nowhere/x"}, "names no template"),
+        ({"template": "promptsource:dialogue/sumarize"}, "Did you mean 'summarize'"),
+        ({"template": "none/templates.yaml"}, "does not exist"),
+        ({"template": []}, "names no template"),
         ({"validation": 0.001}, "leaves no validation rows"),
         ({"validation": 0.5, "test": 0.5}, "no row is left to train on"),
         ({"choices": ["a1", "a2"]}, "not among the choices"),
@@ -56,6 +61,42 @@ def test_tasks_that_cannot_work_are_refused(folder: Path, change: dict, message:
     settings = {"template": TEMPLATE, "train": Source("train.jsonl"), "validation": 0, "test": 4, **change}
     with pytest.raises(UserError, match=message):
         load_examples(Task(**settings), folder, 0)
+
+
+def test_several_templates_are_chosen_by_seed_or_all_taken(folder: Path) -> None:
+    texts = ["A {{ q }} ||| {{ a }}", "B {{ q }} ||| {{ a }}", "C {{ q }} ||| {{ a }}"]
+    seeded = Task(template=texts, train=Source("train.jsonl"), validation=0, test=10)
+    examples = load_examples(seeded, folder, 0)
+    assert examples == load_examples(seeded, folder, 0)
+    assert examples != load_examples(seeded, folder, 1)
+    assert {example.prompt[0] for example in examples.train} == set("ABC")
+    assert len(examples.train) == 30
+    every = load_examples(
+        Task(template=texts, train=Source("train.jsonl"), validation=0, test=10, template_choice="all"), folder, 0
+    )
+    assert len(every.train) == 90
+    assert len(every.test) == 10, "each test row is asked once"
+
+
+def test_promptsource_templates_by_reference_and_file(folder: Path) -> None:
+    nested = folder / "glue" / "x"
+    nested.mkdir(parents=True)
+    (nested / "templates.yaml").write_text(
+        "templates:\n  1: !Template {name: a/b, answer_choices: 'no ||| yes', jinja: '{{q}}? ||| {{answer_choices[n % 2]}}'}\n"
+        "  2: !Template {name: some, jinja: '{% if n < 3 %}{{q}} ||| {{a}}{% endif %}'}\n"
+    )
+    write(folder / "train.jsonl", [{"q": f"q{n}", "a": f"a{n}", "n": n} for n in range(10)])
+    settings = {"train": Source("train.jsonl"), "validation": 0, "test": 2}
+    one = load_examples(Task(template="promptsource:glue/x/a/b", **settings), folder, 0)
+    assert {example.completion for example in one.train} == {"no", "yes"}
+    assert one.train[0].choices == ("no", "yes")
+    part = load_examples(Task(template="promptsource:glue/x/some", **settings, template_choice="all"), folder, 0)
+    assert len(part.train) + len(part.test) == 3
+    assert len(part.skipped) == 7
+    both = load_examples(Task(template="glue/x/templates.yaml", **settings, template_choice="all"), folder, 0)
+    assert 16 <= len(both.train) + len(both.skipped) <= 18, (
+        "eight training rows by two templates, and what two test rows skip"
+    )
 
 
 def test_shots_are_drawn_by_seed_and_fitted_to_the_budget() -> None:

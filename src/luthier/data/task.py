@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Tag
 
 from luthier.data.source import Row, Source, read_rows
-from luthier.data.template import Template
+from luthier.data.templates import NamedTemplate, resolve_templates
+from luthier.data.worker import RenderWorker
 from luthier.errors import UserError
 
 Split = Literal["train", "validation", "test"]
@@ -32,6 +33,8 @@ FileOrShare = Annotated[Annotated[File, Tag("file")] | Annotated[float, Tag("sha
 class Task:
     """What to learn and how to judge it.
 
+    `template` is Jinja text (``prompt ||| completion``), ``promptsource:FOLDER/name``, a path to a templates.yaml, or a
+    list of these. With several, each row takes one by seed, or training rows take each (`template_choice: all`).
     A split is a file (`path`, or `{path, columns, limit}`) or, for validation and test, a share
     (0.1) or a number (50) of the training rows, drawn once with the recipe's seed. `references`
     names columns of the test rows that hold the human answers; without it the completion is the reference.
@@ -41,13 +44,14 @@ class Task:
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-    template: str
+    template: str | list[str]
     train: File | None = None
     validation: FileOrShare = 0.1
     test: FileOrShare = 0.1
     name: str = "task"
     system: str | None = None
     choices: str | list[str] | None = None
+    template_choice: Literal["seeded", "all"] = "seeded"
     references: list[str] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
     max_new_tokens: int = 64
@@ -80,11 +84,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """A task's examples by split."""
+    """A task's examples by split; `skipped` names rows to which a template from outside does not apply."""
 
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+    skipped: list[str] = field(default_factory=list)
 
 
 def load_examples(task: Task, folder: Path, seed: int) -> Examples:
@@ -92,19 +97,30 @@ def load_examples(task: Task, folder: Path, seed: int) -> Examples:
 
     Raises UserError for unreadable rows, a split without rows and a split whose targets are all empty.
     """
-    template = Template(task.template, task.choices)
+    templates = resolve_templates(task.template, task.choices, folder)
     rows = _split_rows(task, folder, seed)
-    examples = {
-        split: [_render(task, template, row, task.references if split == "test" else []) for row in rows[split]]
-        for split in SPLITS
-    }
+    examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    skipped: list[str] = []
+    with RenderWorker() as worker:
+        for split in SPLITS:
+            references = task.references if split == "test" else []
+            for row in rows[split]:
+                chosen = templates
+                if len(templates) > 1 and (split != "train" or task.template_choice == "seeded"):
+                    chosen = [random.Random(f"template {seed} {row.id}").choice(templates)]
+                for template in chosen:
+                    example = _render(task, template, row, references, seed, worker)
+                    if example is None:
+                        skipped.append(f"{row.id} ({template.name})")
+                    else:
+                        examples[split].append(example)
     for split in SPLITS:
         if examples[split] and not any(example.completion for example in examples[split]):
             raise UserError(
                 f"All {len(examples[split])} targets of the {split} split of task {task.name!r} are empty "
                 f"(first row: {examples[split][0].id}). Check the part of the template after '|||'."
             )
-    return Examples(**examples)
+    return Examples(**examples, skipped=skipped)
 
 
 def _split_rows(task: Task, folder: Path, seed: int) -> dict[Split, list[Row]]:
@@ -136,26 +152,35 @@ def _split_rows(task: Task, folder: Path, seed: int) -> dict[Split, list[Row]]:
     return rows
 
 
-def _render(task: Task, template: Template, row: Row, references: list[str]) -> Example:
-    rendered = template.render(row.values, row.id)
-    if rendered.completion is None:
+def _render(
+    task: Task, template: NamedTemplate, row: Row, references: list[str], seed: int, worker: RenderWorker
+) -> Example | None:
+    """One example; None where a template from outside gives no prompt or no completion for this row."""
+    parts, choices = template.render(row.values, row.id, seed, worker)
+    if template.outside and (len(parts) < 2 or not parts[0]):
+        return None
+    if len(parts) == 1:
         raise UserError(
             f"{row.id}: the template has no completion. Write `prompt ||| completion`, for example "
             "`Summarise: {{ dialogue }} ||| {{ summary }}`."
+        )
+    if len(parts) > 2:
+        raise UserError(
+            f"{row.id}: the template renders to {len(parts)} parts; one '|||' between prompt and completion is allowed."
         )
     missing = [column for column in references if column not in row.values]
     if missing:
         raise UserError(
             f"{row.id} has no column {missing[0]!r} (asked for by `references`). It has: {', '.join(map(str, row.values))}."
         )
-    choices = template.choices(row.values, row.id) or ()
-    if choices and rendered.completion not in choices:
-        raise UserError(f"{row.id}: the answer {rendered.completion!r} is not among the choices: {', '.join(choices)}.")
+    prompt, completion = parts
+    if choices and completion not in choices:
+        raise UserError(f"{row.id}: the answer {completion!r} is not among the choices: {', '.join(choices)}.")
     return Example(
         id=row.id,
-        prompt=rendered.prompt,
-        completion=rendered.completion,
-        references=tuple(str(row.values[column]) for column in references) or (rendered.completion,),
+        prompt=prompt,
+        completion=completion,
+        references=tuple(str(row.values[column]) for column in references) or (completion,),
         choices=choices,
         system=task.system,
     )

@@ -8,7 +8,6 @@ field is protected and never splits.
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -23,14 +22,6 @@ SEPARATOR = "|||"
 PROTECTED = "3ed2dface8203c4c9dfb1a5dc58e41e0"
 # promptsource cuts each rendered expression to this many characters, by rewriting the template's text.
 TRUNCATED = " | string | truncate(2048) }}"
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A rendered row: the prompt, and the completion (None: the template has no ``|||``)."""
-
-    prompt: str
-    completion: str | None
 
 
 class Template:
@@ -51,16 +42,6 @@ class Template:
     @property
     def _environment(self) -> SandboxedEnvironment:
         return _strict if self.strict else _lenient
-
-    def render(self, values: Mapping[str, Any], where: str) -> Rendered:
-        """Render one row; `where` names it in errors. Raises UserError for a row it cannot render."""
-        parts = self.parts(values, where)
-        if len(parts) > 2:
-            raise UserError(
-                f"{where}: the template renders to {len(parts)} parts; one '{SEPARATOR}' between prompt "
-                "and completion is allowed."
-            )
-        return Rendered(parts[0], parts[1] if len(parts) == 2 else None)
 
     def parts(
         self, values: Mapping[str, Any], where: str, *, seed: int | None = None, truncate: bool = False

@@ -1,0 +1,74 @@
+"""Which templates a task names: Jinja text of its own, or templates of a promptsource file or collection."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.data.formats.promptsource import Entry, find_template, read_templates
+from luthier.data.library import template_files
+from luthier.data.template import Template
+from luthier.data.worker import RenderWorker
+from luthier.errors import UserError, nearest
+
+PREFIX = "promptsource:"
+
+
+@dataclass(frozen=True)
+class NamedTemplate:
+    """A template and where it comes from: one of a file is rendered in a limited process of its own."""
+
+    name: str
+    template: Template
+    outside: bool
+
+    def render(
+        self, values: Mapping[str, Any], where: str, seed: int, worker: RenderWorker
+    ) -> tuple[list[str], tuple[str, ...]]:
+        """Parts and answer choices of one row."""
+        if self.outside:
+            parts, choices = worker.parts(self.template, values, where, seed=seed)
+            return parts, tuple(choices or ())
+        parts = self.template.parts(values, where, seed=seed)
+        return parts, self.template.choices(values, where) or ()
+
+
+def resolve_templates(
+    specs: str | Sequence[str], choices: str | Sequence[str] | None, folder: Path
+) -> list[NamedTemplate]:
+    """The templates that `specs` mean; relative files lie in `folder`.
+
+    A spec is Jinja text, ``promptsource:FOLDER/name`` (a folder with templates.yaml, or a shipped collection) or a
+    path to a templates.yaml, which means all of its templates. Raises UserError for what is not there.
+    """
+    found: list[NamedTemplate] = []
+    for number, spec in enumerate([specs] if isinstance(specs, str) else specs, 1):
+        if spec.startswith(PREFIX):
+            found.append(_outside(_by_reference(spec.removeprefix(PREFIX), folder)))
+        elif spec.endswith((".yaml", ".yml")) and "\n" not in spec and "{" not in spec:
+            found += [_outside(entry) for entry in read_templates(folder / Path(spec).expanduser()).values()]
+        else:
+            found.append(NamedTemplate(f"template {number}", Template(spec, choices), outside=False))
+    if not found:
+        raise UserError("The task names no template. Write `template: prompt ||| completion`.")
+    return found
+
+
+def _outside(entry: Entry) -> NamedTemplate:
+    return NamedTemplate(entry.name, entry.template, outside=True)
+
+
+def _by_reference(reference: str, folder: Path) -> Entry:
+    """`FOLDER/name`, where both may hold slashes: the longest folder that has a templates.yaml counts."""
+    shipped = template_files()
+    steps = reference.split("/")
+    for cut in range(len(steps) - 1, 0, -1):
+        place, name = "/".join(steps[:cut]), "/".join(steps[cut:])
+        if place in shipped:
+            return find_template(shipped[place], name)
+        if (file := folder / Path(place).expanduser() / "templates.yaml").is_file():
+            return find_template(file, name)
+    raise UserError(
+        f"'{PREFIX}{reference}' names no template: no templates.yaml lies in {folder / '/'.join(steps[:-1])}. "
+        f"{nearest(steps[0], shipped)} Write {PREFIX}FOLDER/name; FOLDER lies in `data` or is a shipped collection."
+    )
