@@ -88,7 +88,7 @@ def _fetch(spec: Embedded, folder: Path) -> Path:
 def _convert(weights: Path, target: Path) -> None:
     import torch  # heavy, and transformers more so: only when there is work
 
-    from luthier.models.load import load_gguf
+    from luthier.models.gguf import load_gguf
 
     print(f"Converting {weights.name} (once) ...", file=sys.stderr, flush=True)
     with _scratch(target.parent) as scratch:

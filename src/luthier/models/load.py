@@ -2,19 +2,17 @@
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from luthier.errors import UserError, nearest
 from luthier.models.embedded import EMBEDDED, embedded_folder
+from luthier.models.gguf import load_gguf
+from luthier.models.place import Place, explained
 
 Dtype = Literal["auto", "bfloat16", "float32", "float16"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -83,7 +81,7 @@ def context_length(config: Any, default: int) -> int:
 def read_tokenizer(spec: BaseSpec) -> tuple[Any, Any]:
     """Read (tokenizer, config) without the weights. Raises UserError as `read_model` does."""
     place = _locate(spec)
-    with _explained(place):
+    with explained(place):
         config = AutoConfig.from_pretrained(place.source, **place.options)
         return AutoTokenizer.from_pretrained(place.source, **place.options), config
 
@@ -98,39 +96,11 @@ def read_model(spec: BaseSpec, dtype: torch.dtype) -> tuple[Any, Any]:
         return load_gguf(Path(place.source) / place.gguf, dtype)
     tokenizer, config = read_tokenizer(spec)
     architectures = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with _explained(place):
+    with explained(place):
         model = architectures.from_pretrained(
             place.source, config=config, dtype=dtype, use_safetensors=True, **place.options
         )
     return model, tokenizer
-
-
-def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Read model and tokenizer from one .gguf file, dequantized to `dtype`."""
-    from transformers import GgufConfig  # needs the gguf package
-
-    place = Place(str(path.parent), {"gguf_file": path.name}, f"GGUF file {path}", path.name)
-    with _explained(place):
-        tokenizer = AutoTokenizer.from_pretrained(place.source, **place.options)
-        model = AutoModelForCausalLM.from_pretrained(
-            place.source, quantization_config=GgufConfig(dequantize=True), dtype=dtype, **place.options
-        )
-    # The weights are plain now: a saved copy must not claim to be quantized.
-    if getattr(model, "hf_quantizer", None) is not None:
-        del model.hf_quantizer
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model, tokenizer
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a base is read from: transformers' source and options, and how errors call it."""
-
-    source: str
-    options: dict[str, Any]
-    title: str
-    gguf: str | None = None
 
 
 def _locate(spec: BaseSpec) -> Place:
@@ -150,17 +120,3 @@ def _locate(spec: BaseSpec) -> Place:
     offline = " (offline mode is on: HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
     options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     return Place(name, options, f"hub id {name!r}{offline}")
-
-
-@contextmanager
-def _explained(place: Place) -> Iterator[None]:
-    """Turn what transformers raises for unreadable files into one message."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise UserError(
-            f"The base model could not be read from the {place.title}: {' '.join(str(error).split())[:300]} "
-            "A directory must hold config.json, model.safetensors and the tokenizer's files."
-        ) from None
