@@ -147,13 +147,12 @@ def test_a_task_with_choices_is_validated_by_its_answers(content: dict, tmp_path
 
 
 def test_the_t5_examples_run_on_a_tiny_t5(bases: Path, tmp_path: Path) -> None:
-    rows = [
-        {"dialogue": f"#Person1#: hello {n}", "summary": f"s {n}", "summary1": "a", "summary2": "b", "summary3": "c"}
-        for n in range(8)
-    ]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
     for name in ("train", "validation", "test", "dialogsum.train", "dialogsum.dev", "dialogsum.test"):
-        (tmp_path / f"{name}.jsonl").write_text(text)
+        lines = []
+        for n in range(8):
+            row = {"dialogue": f"#Person1#: hello {name} {n}", "summary": f"s {n}"}
+            lines.append(json.dumps(row | {"summary1": f"a {n}", "summary2": "b", "summary3": "c"}) + "\n")
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     for name in ("dialogsum", "samsum"):
         changes = [f"base.model={bases / 't5'}", f"data={tmp_path}", "retention=[]", "task.max_new_tokens=4"]
         example = Path(__file__).parents[1] / "examples" / f"flan-t5-{name}.yaml"
@@ -322,6 +321,7 @@ def test_the_surface_is_frozen() -> None:
     assert surface == {
         "run": ["out", "recipe", "resume", "set_"],
         "preview": ["recipe", "rows", "set_"],
+        "audit": ["as_json", "recipe", "set_"],
         "generate": ["file", "max_new_tokens", "out", "raw", "run", "text", "tuning"],
         "schema": ["what"],
         "list": ["file"],
@@ -330,7 +330,7 @@ def test_the_surface_is_frozen() -> None:
     import luthier
 
     assert sorted(luthier.__all__) == [
-        "Interrupted", "Recipe", "Report", "Session", "UserError", "load_recipe", "make_recipe", "preview", "run",
+        "Interrupted", "Recipe", "Report", "Session", "UserError", "audit", "load_recipe", "make_recipe", "preview", "run",
     ]  # fmt: skip
     for name in luthier.__all__:
         assert getattr(luthier, name).__doc__, name

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
+    from luthier.audit_rows import audit
     from luthier.job import run
     from luthier.preview_rows import preview
     from luthier.recipe import Recipe, load_recipe, make_recipe
@@ -17,6 +18,7 @@ __all__ = [
     "Report",
     "Session",
     "UserError",
+    "audit",
     "load_recipe",
     "make_recipe",
     "preview",
@@ -25,6 +27,7 @@ __all__ = [
 
 # The rest loads torch and transformers, which takes seconds: only when it is asked for.
 _HOMES = {
+    "audit": "luthier.audit_rows",
     "Recipe": "luthier.recipe",
     "Report": "luthier.report.schema",
     "Session": "luthier.session",

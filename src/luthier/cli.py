@@ -65,6 +65,31 @@ def preview(
 
 
 @app.command()
+def audit(
+    recipe: RecipeFile,
+    set_: Changes = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Is my data sound? Check every row; exit code 2 where a run would stop."""
+    from dataclasses import asdict
+
+    from luthier.audit_rows import audit as audit_rows
+    from luthier.audit_rows import named, stop_on_errors
+
+    found = audit_rows(_load(recipe, set_))
+    if as_json:
+        print(json.dumps([asdict(one) for one in found], indent=2, ensure_ascii=False))
+    for one in [] if as_json else found:
+        console.print(f"[bold]{one.level}[/bold] {one.split}: {one.kind}: {one.count} rows ({escape(named(one))})")
+        console.print(f"  {escape(one.advice)}")
+        if one.example:
+            console.print(f"  [dim]{escape(' '.join(one.example.split()))}[/dim]")
+    if not found and not as_json:
+        print("Nothing found: every row can be trained on and scored.")
+    stop_on_errors(found)
+
+
+@app.command()
 def generate(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     text: Annotated[str | None, typer.Argument(help="The text to answer.")] = None,

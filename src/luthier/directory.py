@@ -4,12 +4,15 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from luthier.data.audit import Finding
 from luthier.errors import UserError, nearest
 from luthier.files import write_json, write_whole
 from luthier.recipe import Recipe, differing_key, make_recipe, recipe_yaml
@@ -116,6 +119,16 @@ class RunDirectory:
         if not file.is_file():
             return []
         return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+    def save_audit(self, findings: Sequence[Finding]) -> None:
+        """Write what the audit found."""
+        write_json(self.path / "audit.json", [asdict(one) for one in findings])
+
+    def audit(self) -> list[dict[str, Any]]:
+        """What the audit found before the run."""
+        file = self.path / "audit.json"
+        found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        return found
 
     def environment(self) -> dict[str, Any]:
         """What the run was started on."""

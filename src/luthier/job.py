@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from luthier.audit_rows import audit, stop_on_errors
 from luthier.data.task import load_examples
 from luthier.directory import BASELINE, RunDirectory
 from luthier.errors import Interrupted, UserError
@@ -27,7 +28,11 @@ def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool 
         examples = load_examples(task, Path(recipe.data), recipe.seed)
         if not examples.test:
             raise UserError(f"The test split of task {task.name!r} has no rows. Set `test` to a file or a share.")
+        if task is recipe.task:
+            findings = audit(recipe, examples)
+            stop_on_errors(findings)
     directory = RunDirectory.create(Path(out), recipe, resume)
+    directory.save_audit(findings)
     stages = ([BASELINE] if recipe.retention else []) + list(recipe.tunings)
     for name in stages:
         if directory.result(name) is None:
@@ -94,6 +99,7 @@ def _report(directory: RunDirectory, recipe: Recipe) -> Report:
     report = build_report(
         recipe,
         directory.environment(),
+        directory.audit(),
         directory.result(BASELINE) or {"scores": {}},
         results,
         {name: directory.predictions(name) for name in recipe.tunings},

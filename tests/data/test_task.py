@@ -54,7 +54,6 @@ def test_references_come_from_columns_else_the_completion(folder: Path) -> None:
         ({"template": []}, "names no template"),
         ({"validation": 0.001}, "leaves no validation rows"),
         ({"validation": 0.5, "test": 0.5}, "no row is left to train on"),
-        ({"choices": ["a1", "a2"]}, "not among the choices"),
     ],
 )
 def test_tasks_that_cannot_work_are_refused(folder: Path, change: dict, message: str) -> None:

@@ -174,8 +174,6 @@ def _render(
             f"{row.id} has no column {missing[0]!r} (asked for by `references`). It has: {', '.join(map(str, row.values))}."
         )
     prompt, completion = parts
-    if choices and completion not in choices:
-        raise UserError(f"{row.id}: the answer {completion!r} is not among the choices: {', '.join(choices)}.")
     return Example(
         id=row.id,
         prompt=prompt,

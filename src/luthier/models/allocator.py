@@ -13,6 +13,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST_KEPT = 32 << 20
 
 
+def give_back_freed_memory() -> None:
+    """Return free pages inside the heap to the system: rows of many lengths leave holes that add up over steps."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def keep_freed_memory() -> bool:
     """Ask glibc to reuse freed blocks up to 32 MiB from one heap; return whether it agreed.
 

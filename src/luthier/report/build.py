@@ -8,7 +8,16 @@ import numpy as np
 from luthier.evaluation.bootstrap import paired_difference
 from luthier.recipe import Recipe
 from luthier.report.answer import answer
-from luthier.report.schema import SCHEMA_VERSION, Difference, ExampleReport, Report, Retention, Score, TuningReport
+from luthier.report.schema import (
+    SCHEMA_VERSION,
+    AuditFinding,
+    Difference,
+    ExampleReport,
+    Report,
+    Retention,
+    Score,
+    TuningReport,
+)
 
 SHOWN_EXAMPLES = 3
 
@@ -16,6 +25,7 @@ SHOWN_EXAMPLES = 3
 def build_report(
     recipe: Recipe,
     environment: dict[str, Any],
+    audit: list[dict[str, Any]],
     baseline: dict[str, Any],
     results: dict[str, dict[str, Any]],
     predictions: dict[str, list[dict[str, Any]]],
@@ -46,6 +56,7 @@ def build_report(
         comparisons=comparisons,
         retention=retention,
         examples=_examples(predictions),
+        audit=[AuditFinding(**{**one, "rows": list(one["rows"])[:20]}) for one in audit],
         recipe=recipe.model_dump(mode="json"),
         environment=environment,
     )

@@ -90,6 +90,18 @@ class ExampleReport(_Part):
     outputs: dict[str, str]
 
 
+class AuditFinding(_Part):
+    """A defect of the data that was let pass: its kind, the split, how many rows and the first of them."""
+
+    kind: str
+    level: str
+    split: str
+    count: int
+    rows: list[str]
+    example: str
+    advice: str
+
+
 class Report(_Part):
     """Everything one run found."""
 
@@ -103,6 +115,7 @@ class Report(_Part):
     comparisons: list[Difference]
     retention: list[Retention]
     examples: list[ExampleReport]
+    audit: list[AuditFinding] = Field(description="Warnings about the data, found before training.")
     recipe: dict[str, Any]
     environment: dict[str, Any]
 

@@ -14,6 +14,7 @@ from luthier.encoding.batches import collate, micro_batches, step_rows
 from luthier.encoding.encoder import Encoded
 from luthier.errors import Interrupted, UserError
 from luthier.files import whole_file
+from luthier.models.allocator import give_back_freed_memory
 from luthier.models.base import BaseModel
 from luthier.models.loss import loss_sum
 from luthier.training.checkpoint import Progress, read_checkpoint, write_checkpoint
@@ -21,6 +22,9 @@ from luthier.training.optimizer import Optimizer
 from luthier.training.settings import TrainingSettings
 from luthier.tuning.files import copy_into
 from luthier.tuning.method import Method, parameters
+
+# Steps between returning the heap's holes to the system.
+TRIM_EVERY = 4
 
 Hook = Callable[[dict[str, Any]], None]
 
@@ -86,6 +90,8 @@ def train(
                 f"(now {peak:g}), or look at these rows; an earlier checkpoint, if any, is kept in {folder}."
             )
         progress.step += 1
+        if progress.step % TRIM_EVERY == 0:
+            give_back_freed_memory()
         seconds = time.perf_counter() - started
         progress.seconds += seconds
         progress.tokens += tokens

@@ -1,0 +1,43 @@
+"""Is my data sound? Every row of a recipe, read and checked before anything is trained."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from luthier.data.audit import Finding, audit_text, errors
+from luthier.data.task import Examples, load_examples
+from luthier.encoding.audit import audit_tokens
+from luthier.errors import UserError
+from luthier.models.base import DEFAULT_CONTEXT
+from luthier.models.load import context_length, read_tokenizer
+from luthier.recipe import Recipe
+
+
+def audit(recipe: Recipe, examples: Examples | None = None) -> list[Finding]:
+    """All findings on the recipe's task, errors first; reads the tokenizer, not the weights.
+
+    A kind named in the recipe's `allow` is a warning. Raises UserError for data that cannot be read at all.
+    """
+    if examples is None:
+        examples = load_examples(recipe.task, Path(recipe.data), recipe.seed)
+    tokenizer, config = read_tokenizer(recipe.base)
+    encoder = recipe.encoder(tokenizer, config.is_encoder_decoder, context_length(config, DEFAULT_CONTEXT))
+    found = audit_text(examples) + audit_tokens(encoder, examples)
+    found = [replace(one, level="warning") if one.kind in recipe.allow else one for one in found]
+    return sorted(found, key=lambda one: one.level)
+
+
+def stop_on_errors(found: list[Finding]) -> None:
+    """Raise a UserError that names every error and its rows; warnings pass."""
+    if wrong := errors(found):
+        lines = [f"{one.split}: {one.kind}: {one.count} rows ({named(one)}). {one.advice}" for one in wrong]
+        raise UserError(
+            "The audit found rows that cannot be trained on or scored:\n- " + "\n- ".join(lines) + "\nSee them with "
+            "`luthier audit`; to go on all the same, name the kinds in the recipe: allow: ["
+            + ", ".join(sorted({one.kind for one in wrong}))
+            + "]."
+        )
+
+
+def named(one: Finding) -> str:
+    """The first few row ids of a finding."""
+    return ", ".join(one.rows[:5]) + (" ..." if one.count > 5 else "")
