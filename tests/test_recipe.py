@@ -62,6 +62,21 @@ def test_set_changes_one_setting(recipe_file: Path, change: str, read) -> None:
         assert read(load_recipe(recipe_file, [change]))
 
 
+def test_a_shared_setting_on_the_command_line_reaches_every_tuning(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "task: support-dialogues\ntraining: {epochs: 9}\n"
+        "tunings: {lora: {training: {epochs: 1, batch_size: 2}}, full: {}, zero_shot: {}}\n"
+    )
+    plain = load_recipe(path)
+    assert [plain.tunings[name].training.epochs for name in ("lora", "full")] == [1, 9]
+    changed = load_recipe(path, ["training.epochs=2"])
+    assert [changed.tunings[name].training.epochs for name in ("lora", "full")] == [2, 2]
+    assert changed.tunings["lora"].training.batch_size == 2
+    last = load_recipe(path, ["training.epochs=2", "tunings.lora.training.epochs=5"])
+    assert [last.tunings[name].training.epochs for name in ("lora", "full")] == [5, 2]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

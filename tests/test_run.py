@@ -302,6 +302,43 @@ def test_a_stopped_command_resumes_to_the_same_weights(content: dict, tmp_path: 
     assert len(log.read_text().splitlines()) == len(found["history"])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_modules_load_is_no_traceback(content: dict, tmp_path: Path, number: signal.Signals) -> None:
+    content["tunings"], content["retention"] = {"lora": {"rank": 2}}, []
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+    out = tmp_path / "out"
+    started = command("run", str(tmp_path / "r.yaml"), "--out", str(out), start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (out / "audit.json").is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(started.pid, number)
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert "Traceback" not in said
+    assert command("run", str(tmp_path / "r.yaml"), "--out", str(out), "--resume").wait() == 0
+
+
+def test_a_killed_run_leaves_no_process_training(content: dict, tmp_path: Path) -> None:
+    content["tunings"] = {"lora": {"rank": 2, "training": {"max_steps": 100000, "checkpoint_every": 5}}}
+    content["retention"] = []
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+    started = command("run", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out"))
+    log = tmp_path / "out" / "logs" / "lora.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.is_file() and len(log.read_text().splitlines()) >= 3):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    started.kill()
+    started.communicate()
+    time.sleep(3)
+    lines = len(log.read_text().splitlines())
+    time.sleep(1)
+    assert len(log.read_text().splitlines()) == lines
+    assert (tmp_path / "out" / "checkpoints" / "lora" / "checkpoint.safetensors").is_file()
+
+
 def test_the_command_line_ends_user_errors_with_code_2(tmp_path: Path) -> None:
     done = command("run", str(tmp_path / "none.yaml"))
     out, said = done.communicate()

@@ -58,8 +58,13 @@ def _in_own_process(directory: RunDirectory, name: str) -> None:
     """Run a stage as a child; a stop signal is passed on, and the child saves before it ends."""
     message = directory.path / ".error"
     message.unlink(missing_ok=True)
-    child = subprocess.Popen([sys.executable, "-m", "luthier.stage", str(directory.path), name])
-    in_main_thread = _forward_signals(child)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "luthier.stage", str(directory.path), name],
+        # Ctrl-C reaches the whole group: here it is passed on once, so that it cannot strike while modules load.
+        preexec_fn=_leave_interrupts_to_parent,
+    )
+    stopped: list[int] = []
+    in_main_thread = _forward_signals(child, stopped)
     try:
         code = child.wait()
     finally:
@@ -74,8 +79,8 @@ def _in_own_process(directory: RunDirectory, name: str) -> None:
     message.unlink(missing_ok=True)
     if code == 2:
         raise UserError(said)
-    if said:
-        raise Interrupted(said)
+    if said or stopped:
+        raise Interrupted(said or f"{name!r} was stopped before it had begun.")
     if code < 0:
         raise UserError(
             f"The process of {name!r} was killed ({signal.Signals(-code).name}); what was saved is kept. If memory ran "
@@ -84,11 +89,19 @@ def _in_own_process(directory: RunDirectory, name: str) -> None:
     raise RuntimeError(f"the stage {name!r} failed with exit code {code}; see the traceback above")
 
 
-def _forward_signals(child: "subprocess.Popen[bytes]") -> dict[int, Any]:
+def _leave_interrupts_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _forward_signals(child: "subprocess.Popen[bytes]", stopped: list[int]) -> dict[int, Any]:
+    def forward(number: int, _: object) -> None:
+        stopped.append(number)
+        child.send_signal(signal.SIGTERM)
+
     handlers: dict[int, Any] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         try:
-            handlers[number] = signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))
+            handlers[number] = signal.signal(number, forward)
         except ValueError:  # not in the main thread: its owner deals with signals
             break
     return handlers

@@ -195,6 +195,10 @@ def _set(whole: dict[str, Any], change: str) -> None:
         if not isinstance(place, dict):
             raise UserError(f"--set {key}: {step} holds {place!r}, which has no keys.")
     place[last] = parsed
+    if path == ["training"]:  # the last word: it also stands above what a tuning says for itself
+        for tuning in (whole.get("tunings") or {}).values():
+            if isinstance(tuning, dict) and isinstance(tuning.get("training"), dict):
+                tuning["training"].pop(last, None)
 
 
 def _nested(given: Any, shared: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ A stage runs in a fresh process (`python -m luthier.stage RUN NAME`), so that it
 in the same process where a caller wants that.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -242,8 +243,8 @@ def _describe(base: BaseModel) -> dict[str, Any]:
 def main(path: str, name: str) -> int:
     """Run a stage as this process's only job; a stop signal saves first. Returns the exit code."""
     asked: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: asked.append(received))
+    signal.signal(signal.SIGTERM, lambda received, _: asked.append(received))
+    _stop_with_parent()
     directory = RunDirectory.open(Path(path))
     try:
         run_stage(directory, name, should_stop=lambda: bool(asked))
@@ -254,6 +255,12 @@ def main(path: str, name: str) -> int:
         (directory.path / ".error").write_text(str(stop), encoding="utf-8")
         return EXIT_INTERRUPTED
     return 0
+
+
+def _stop_with_parent() -> None:
+    """Ask Linux for SIGTERM when the parent dies, so that a killed run leaves nothing training behind its back."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 if __name__ == "__main__":
