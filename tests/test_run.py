@@ -201,6 +201,14 @@ def test_bad_input_is_one_message_and_leaves_nothing(content: dict, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_wrong_pattern_is_found_before_anything_is_scored(content: dict, tmp_path: Path, capsys) -> None:
+    content["tunings"]["wrong"] = {"method": "lora", "targets": "q_porj"}
+    with pytest.raises(UserError, match="matches no module"):
+        run(make_recipe(content), tmp_path / "out", isolate=False)
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_existing_run_is_never_overwritten(content: dict, tmp_path: Path) -> None:
     content["tunings"] = {"zero_shot": {}}
     recipe, out = make_recipe(content), tmp_path / "out"

@@ -11,10 +11,12 @@ from luthier.data.task import load_examples
 from luthier.directory import BASELINE, RunDirectory
 from luthier.errors import Interrupted, UserError
 from luthier.files import write_json, write_whole
+from luthier.models.base import BaseModel
 from luthier.recipe import Recipe
 from luthier.report.build import build_report
 from luthier.report.page import page
 from luthier.report.schema import Report
+from luthier.tuning import Method, attach, detach
 
 
 def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool = True) -> Report:
@@ -31,6 +33,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool 
         if task is recipe.task:
             findings = audit(recipe, examples)
             stop_on_errors(findings)
+    _rehearse(recipe)
     directory = RunDirectory.create(Path(out), recipe, resume)
     directory.save_audit(findings)
     stages = ([BASELINE] if recipe.retention else []) + list(recipe.tunings)
@@ -38,6 +41,15 @@ def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool 
         if directory.result(name) is None:
             _run_one(directory, name, isolate)
     return _report(directory, recipe)
+
+
+def _rehearse(recipe: Recipe) -> None:
+    """Attach every tuning to the base's skeleton: a pattern that matches nothing is found before hours of work."""
+    base = BaseModel.skeleton(recipe.base)
+    for name, tuning in recipe.tunings.items():
+        if isinstance(tuning.method, Method):
+            attach(base, name, tuning.method, recipe.seed)
+            detach(base, name)
 
 
 def _run_one(directory: RunDirectory, name: str, isolate: bool) -> None:

@@ -16,7 +16,7 @@ from luthier.models.allocator import keep_freed_memory
 from luthier.models.attention import Packing
 from luthier.models.batch import Batch, Packed, Segment
 from luthier.models.grafts import EVERYTHING, Grafts
-from luthier.models.load import BaseSpec, context_length, read_model, resolve_device, resolve_dtype
+from luthier.models.load import BaseSpec, context_length, read_model, read_skeleton, resolve_device, resolve_dtype
 
 # Families whose rows may share one packed sequence; each passed the leakage test.
 PACKED_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma2"}
@@ -51,6 +51,12 @@ class BaseModel:
         if dtype == torch.float16 and model.config.model_type == "t5":
             raise UserError("T5 overflows in float16: use dtype bfloat16 or float32.")
         return cls(model.to(device), tokenizer, spec)
+
+    @classmethod
+    def skeleton(cls, spec: BaseSpec) -> "BaseModel":
+        """A base without weights, on which tunings can be tried on; raises UserError as `load` does."""
+        resolve_device(spec.device)
+        return cls(*read_skeleton(spec), spec)
 
     @property
     def device(self) -> torch.device:
