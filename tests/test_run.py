@@ -179,7 +179,7 @@ def test_a_zero_initialised_tuning_forgets_exactly_nothing(content: dict, tmp_pa
         ({"tunings.lora.targets": "q_porj"}, "matches no module.*Did you mean 'q_proj'"),
         ({"base.model": "no-such-model"}, "Unknown base model 'no-such-model'"),
         ({"base.model": "owner/no-such-model"}, "could not be read from the hub id 'owner/no-such-model'"),
-        ({"max_length": 16, "task.template": "{{ text }} ||| {{ text }} {{ text }} {{ text }}"}, "no room is left for the prompt"),
+        ({"max_length": 16, "task.template": "{{ text }} ||| {{ text }} {{ text }} {{ text }}"}, "train: no room for the prompt: 14 rows"),
         ({"base.device": "cuda:7"}, "device 'cuda:7' cannot be used"),
         ({"tunings.two_shot.shots": 500}, "500 asked for, but the training split has 14"),
     ],
@@ -197,7 +197,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(content: dict, tmp_path: Pa
         place[last] = value
     with pytest.raises(UserError, match=message) as caught:
         run(make_recipe(content), tmp_path / "out", isolate=False)
-    assert "\n" not in str(caught.value).strip()
+    assert "\n" not in str(caught.value).strip() or "audit" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

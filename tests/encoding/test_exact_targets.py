@@ -7,7 +7,6 @@ completion alone would.
 
 import random
 from functools import cache
-from pathlib import Path
 
 import pytest
 from tests import tiny
@@ -51,13 +50,13 @@ def spaced_bpe() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def tokenizer_named(name: str, shared: Path):
+def tokenizer_named(name: str, request: pytest.FixtureRequest):
     if name == "smollm2":
         from luthier.models.load import BaseSpec, read_tokenizer
 
         return read_tokenizer(BaseSpec())[0]
     if name == "t5":
-        return AutoTokenizer.from_pretrained(shared / "data" / "t5-tokenizer")
+        return AutoTokenizer.from_pretrained(request.getfixturevalue("shared") / "data" / "t5-tokenizer")
     return {"word-piece": word_piece, "spaced-bpe": spaced_bpe, "byte-bpe": tiny.byte_bpe}[name]()
 
 
@@ -70,8 +69,8 @@ def text(draw: random.Random, most: int) -> str:
 
 
 @pytest.mark.parametrize("name", ["smollm2", "t5", "word-piece", "spaced-bpe", "byte-bpe"])
-def test_trained_ids_are_the_completion_and_one_end_token(name: str, shared: Path) -> None:
-    tokenizer = tokenizer_named(name, shared)
+def test_trained_ids_are_the_completion_and_one_end_token(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = tokenizer_named(name, request)
     encoder = Encoder(tokenizer, encoder_decoder=name == "t5", chat=name == "smollm2", max_length=4096)
     exact = name in ("smollm2", "byte-bpe")
     draw, rows, known, unlike = random.Random(0), [], 0, 0
@@ -103,8 +102,8 @@ def test_trained_ids_are_the_completion_and_one_end_token(name: str, shared: Pat
         assert labels.tolist() == single.labels.tolist() == row.target
 
 
-def test_plain_and_chat_train_the_same_ids(shared: Path) -> None:
-    tokenizer, draw = tokenizer_named("smollm2", shared), random.Random(1)
+def test_plain_and_chat_train_the_same_ids(request: pytest.FixtureRequest) -> None:
+    tokenizer, draw = tokenizer_named("smollm2", request), random.Random(1)
     chat = Encoder(tokenizer, encoder_decoder=False, chat=True, max_length=4096)
     plain = Encoder(tokenizer, encoder_decoder=False, chat=False, max_length=4096)
     for number in range(200):
