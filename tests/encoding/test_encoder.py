@@ -1,13 +1,15 @@
 """What is trained on: the completion and one end token, and prompt ids equal to those at inference."""
 
 import random
+from collections.abc import Iterable
 
 import pytest
 from tests import tiny
 
 from luthier.data.task import Example
-from luthier.encoding.batches import collate, micro_batches, order, step_rows
+from luthier.encoding.batches import collate, micro_batches
 from luthier.encoding.encoder import Encoded, Encoder, cut_middle
+from luthier.encoding.order import Shuffled, step_rows
 from luthier.errors import UserError
 
 KINDS = {
@@ -87,17 +89,21 @@ def test_masks_cover_completion_and_end_in_any_batch(kind: str) -> None:
 
 
 def test_order_is_a_permutation_an_epoch_and_a_function_of_seed_and_k() -> None:
-    first = [order(13, 5, k) for k in range(39)]
+    def places(seed: int, ks: Iterable[int]) -> list[int]:
+        stream = Shuffled([Encoded("", [], [])] * 13, seed)
+        return [stream.place(k) for k in ks]
+
+    first = places(5, range(39))
     assert [sorted(first[start : start + 13]) for start in (0, 13, 26)] == [list(range(13))] * 3
     assert first[:13] != first[13:26]
-    backwards = [order(13, 5, k) for k in reversed(range(39))]
+    backwards = places(5, reversed(range(39)))
     assert backwards[::-1] == first
-    assert [order(13, 6, k) for k in range(39)] != first
+    assert places(6, range(39)) != first
 
 
 def test_steps_cover_an_epoch_and_micro_batches_keep_to_their_budget() -> None:
     rows = [Encoded(str(n), [1] * (n % 7 + 1), [2, 3]) for n in range(30)]
-    seen = [row.id for step in range(4) for row in step_rows(rows, 8, 0, step)]
+    seen = [row.id for step in range(4) for row in step_rows(Shuffled(rows, 0), 8, step)]
     assert sorted(seen) == sorted(row.id for row in rows)
     for padded in (True, False):
         groups = micro_batches(rows, 20, padded)

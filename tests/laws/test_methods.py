@@ -16,6 +16,7 @@ from torch import Tensor
 
 from luthier.encoding.batches import collate
 from luthier.encoding.encoder import Encoded
+from luthier.encoding.order import Shuffled
 from luthier.models.base import BaseModel
 from luthier.models.batch import Segment
 from luthier.models.loss import label_scores
@@ -97,7 +98,7 @@ def test_training_moves_what_is_owned_and_nothing_else(
     idle = {key: parameter.detach().clone() for key, parameter in parameters(base, "bystander").items()}
     start = {key: parameter.detach().clone() for key, parameter in parameters(base, "t").items()}
     settings = TrainingSettings(max_steps=3, batch_size=4, learning_rate=1e-2, warmup=0.0)
-    train(base, "t", make_rows(base), settings, 0, tmp_path)
+    train(base, "t", Shuffled(make_rows(base), 0), settings, 0, tmp_path)
     for key, tensor in bits(base).items():
         assert torch.equal(tensor, before[key]), f"the base's {key} moved"
     for key, parameter in parameters(base, "bystander").items():

@@ -8,8 +8,9 @@ import pytest
 import torch
 from tests import tiny
 
-from luthier.encoding.batches import collate, step_rows
+from luthier.encoding.batches import collate
 from luthier.encoding.encoder import Encoded
+from luthier.encoding.order import Shuffled, step_rows
 from luthier.errors import Interrupted, UserError
 from luthier.models.base import BaseModel
 from luthier.models.loss import label_scores
@@ -50,7 +51,7 @@ def test_training_equals_a_plain_loop(family: str, tmp_path: Path) -> None:
     attach(base, "t", LoRA(rank=2), seed=1)
     attach(twin, "t", LoRA(rank=2), seed=1)
     rows = rows_for(base)
-    train(base, "t", rows, settings, 7, tmp_path)
+    train(base, "t", Shuffled(rows, 7), settings, 7, tmp_path)
 
     twin.use("t")
     owned = list(parameters(twin, "t").values())
@@ -58,7 +59,7 @@ def test_training_equals_a_plain_loop(family: str, tmp_path: Path) -> None:
     steps = settings.steps(len(rows))
     assert steps == 12
     for step in range(steps):
-        batch = step_rows(rows, 4, 7, step)
+        batch = step_rows(Shuffled(rows, 7), 4, step)
         count = sum(len(row.target) for row in batch)
         for row in batch:
             single = collate([row], twin.decoder_start if twin.encoder_decoder else None)
@@ -89,7 +90,7 @@ def test_stopped_and_resumed_ends_in_the_same_bits(method: str, dtype: torch.dty
 
     whole = fresh()
     rows = rows_for(whole)
-    straight = train(whole, "t", rows, settings, 3, tmp_path / "whole", validate=validation(whole))
+    straight = train(whole, "t", Shuffled(rows, 3), settings, 3, tmp_path / "whole", validate=validation(whole))
     for stop_at in (1, 5, 6, 11):
         folder = tmp_path / f"stop{stop_at}"
         first, seen = fresh(), [0]
@@ -99,12 +100,12 @@ def test_stopped_and_resumed_ends_in_the_same_bits(method: str, dtype: torch.dty
 
         with pytest.raises(Interrupted, match=f"after step {stop_at} of 12"):
             train(
-                first, "t", rows, settings, 3, folder, validate=validation(first), hooks=[count],
+                first, "t", Shuffled(rows, 3), settings, 3, folder, validate=validation(first), hooks=[count],
                 should_stop=lambda seen=seen, stop_at=stop_at: seen[0] >= stop_at,
             )  # fmt: skip
         torch.manual_seed(999)  # whatever the new process's generator holds
         second = fresh()
-        progress = train(second, "t", rows, settings, 3, folder, validate=validation(second))
+        progress = train(second, "t", Shuffled(rows, 3), settings, 3, folder, validate=validation(second))
         assert same(weights(second), weights(whole))
         without_time = [
             [{key: value for key, value in event.items() if key != "step_seconds"} for event in one.history]
@@ -118,7 +119,7 @@ def test_checkpoints_hold_optimizer_and_masters_to_the_bit(tmp_path: Path) -> No
     attach(base, "t", Full())
     settings = TrainingSettings(epochs=1, batch_size=4, checkpoint_every=3, learning_rate=1e-6, warmup=0.0)
     with pytest.raises(Interrupted):
-        train(base, "t", rows_for(base), settings, 0, tmp_path, should_stop=lambda: True)
+        train(base, "t", Shuffled(rows_for(base), 0), settings, 0, tmp_path, should_stop=lambda: True)
     _, saved, state = read_checkpoint(tmp_path / "checkpoint.safetensors")
     assert same(saved, weights(base))
     moved = [key for key in saved if not torch.equal(state[f"master.{key}"], saved[key].float())]
@@ -137,7 +138,7 @@ def test_the_best_weights_are_kept_and_early_stopping_ends(tmp_path: Path) -> No
         return Validation(next(losses), 0.5)
 
     settings = TrainingSettings(max_steps=20, batch_size=4, validate_every=2, early_stopping=2)
-    progress = train(base, "t", rows_for(base), settings, 0, tmp_path, validate=validate)
+    progress = train(base, "t", Shuffled(rows_for(base), 0), settings, 0, tmp_path, validate=validate)
     assert (progress.step, progress.best_step, progress.best_loss) == (8, 4, 1.0)
     assert same(weights(base), kept[1])
     assert not same(kept[1], kept[3])
@@ -149,7 +150,7 @@ def test_a_loss_that_is_no_number_names_step_and_rows(tmp_path: Path) -> None:
     with torch.no_grad():
         next(iter(parameters(base, "t").values()))[0, 0] = float("nan")
     with pytest.raises(UserError, match=r"broke at step 1 of 6: the loss is nan.*row \d+, row \d+") as caught:
-        train(base, "t", rows_for(base), TrainingSettings(epochs=1, batch_size=4), 0, tmp_path)
+        train(base, "t", Shuffled(rows_for(base), 0), TrainingSettings(epochs=1, batch_size=4), 0, tmp_path)
     assert "learning_rate" in str(caught.value)
 
 
@@ -190,7 +191,12 @@ def test_a_t5_learns_a_toy_task(method: str, tmp_path: Path) -> None:
     attach(base, "first", Full())
     opposite = [encoder.encode(Example(e.id, e.prompt, e.prompt.split()[0])) for e in examples]
     train(
-        base, "first", opposite, TrainingSettings(max_steps=150, batch_size=16, learning_rate=3e-3), 0, tmp_path / "0"
+        base,
+        "first",
+        Shuffled(opposite, 0),
+        TrainingSettings(max_steps=150, batch_size=16, learning_rate=3e-3),
+        0,
+        tmp_path / "0",
     )
     with torch.no_grad():
         for key, parameter in parameters(base, "first").items():
@@ -206,7 +212,7 @@ def test_a_t5_learns_a_toy_task(method: str, tmp_path: Path) -> None:
     rate = {"lora": 1e-2, "prompt_tuning": 3e-1, "full": 3e-3}[method]
     attach(base, "t", tuned)
     settings = TrainingSettings(max_steps=200, batch_size=16, learning_rate=rate)
-    progress = train(base, "t", rows, settings, 0, tmp_path / "1")
+    progress = train(base, "t", Shuffled(rows, 0), settings, 0, tmp_path / "1")
     losses = [event["loss"] for event in progress.history]
     after = accuracy()
     print(method, before, after, losses[0], losses[-1])

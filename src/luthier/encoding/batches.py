@@ -1,42 +1,14 @@
-"""Which rows make a batch, and how they are laid out as tensors.
+"""How rows are divided into micro-batches and laid out as tensors.
 
-The optimizer's batch is a function of (seed, step) alone. Micro-batches divide it by a token budget:
-that is memory only, and never changes the gradient.
+Micro-batches divide an optimizer's batch by a token budget: that is memory only, and never changes the gradient.
 """
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 from luthier.encoding.encoder import Encoded, Encoder
 from luthier.models.batch import Batch, Packed
-
-
-def order(count: int, seed: int, k: int) -> int:
-    """The row that stands at place `k` of the endless training order: one permutation an epoch."""
-    epoch, place = divmod(k, count)
-    return int(_permutation(count, seed, epoch)[place])
-
-
-_latest: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
-
-
-def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    found = _latest.get((count, seed))
-    if found is None or found[0] != epoch:
-        found = (epoch, np.random.default_rng([seed, epoch]).permutation(count))
-        _latest[(count, seed)] = found
-    return found[1]
-
-
-def step_rows(rows: Sequence[Encoded], batch_size: int, seed: int, step: int) -> list[Encoded]:
-    """The rows of optimizer step `step`; the last batch of an epoch may be smaller."""
-    per_epoch = -(-len(rows) // batch_size)
-    epoch, place = divmod(step, per_epoch)
-    start = epoch * len(rows) + place * batch_size
-    stop = min(start + batch_size, (epoch + 1) * len(rows))
-    return [rows[order(len(rows), seed, k)] for k in range(start, stop)]
 
 
 def micro_batches(rows: Sequence[Encoded], budget: int, padded: bool) -> list[list[Encoded]]:

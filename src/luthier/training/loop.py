@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from luthier.encoding.batches import collate, micro_batches, step_rows
+from luthier.encoding.batches import collate, micro_batches
 from luthier.encoding.encoder import Encoded
+from luthier.encoding.order import Stream, step_rows
 from luthier.errors import Interrupted, UserError
 from luthier.files import whole_file
 from luthier.models.allocator import give_back_freed_memory
@@ -40,7 +41,7 @@ class Validation:
 def train(
     base: BaseModel,
     name: str,
-    rows: Sequence[Encoded],
+    rows: Stream,
     settings: TrainingSettings,
     seed: int,
     folder: Path,
@@ -79,7 +80,7 @@ def train(
     while progress.step < steps:
         started = time.perf_counter()
         step = progress.step
-        batch = step_rows(rows, settings.batch_size, seed, step)
+        batch = step_rows(rows, settings.batch_size, step)
         loss, tokens = _accumulate(base, batch, settings.micro_batch_tokens)
         rate = settings.rate(step, steps, peak)
         norm = optimizer.step(rate, settings.clip)
