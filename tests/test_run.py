@@ -367,7 +367,7 @@ def test_the_surface_is_frozen() -> None:
         "run": ["out", "recipe", "resume", "set_"],
         "preview": ["recipe", "rows", "set_"],
         "audit": ["as_json", "recipe", "set_"],
-        "generate": ["file", "max_new_tokens", "out", "raw", "run", "text", "tuning"],
+        "generate": ["file", "max_new_tokens", "out", "raw", "run", "task", "text", "tuning"],
         "schema": ["what"],
         "list": ["file"],
         "render": ["as_json", "file", "name", "row", "seed", "truncate"],
@@ -379,3 +379,63 @@ def test_the_surface_is_frozen() -> None:
     ]  # fmt: skip
     for name in luthier.__all__:
         assert getattr(luthier, name).__doc__, name
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_mixture_is_trained_on_and_scored_task_by_task(
+    content: dict, bases: Path, tmp_path: Path, family: str
+) -> None:
+    content["base"]["model"] = str(bases / family)
+    other = {
+        "name": "room",
+        "template": "Is {{ who }} here? {{ text }} ||| {{ who }}",
+        "choices": NAMES,
+        "train": "rows.jsonl",
+        "validation": 4,
+        "test": 6,
+    }
+    content["task"] = {
+        "name": "both",
+        "tasks": [
+            {"task": content["task"], "rate": 3},
+            {"task": other, "rate": 1, "forms": {"zero_shot": 1, "few_shot_options": 1}, "shots": 2},
+        ],
+    }
+    content["training"] = {"max_steps": 10, "batch_size": 4}
+    content["tunings"] = {
+        "two_shot": {"method": "few_shot", "shots": 2},
+        "one": {"method": "lora", "rank": 2, "tasks": ["room"]},
+        "all": {"method": "lora", "rank": 2},
+    }
+    recipe = make_recipe(content)
+    report = run(recipe, tmp_path / "run", isolate=False)
+    jsonschema.validate(json.loads((tmp_path / "run" / "report.json").read_text()), report_schema())
+    assert (report.task, report.tasks, report.metric) == ("both", ["who", "room"], "mean")
+    for tuning in report.tunings.values():
+        parts = [list(tuning.scores[task].values())[-1].value for task in report.tasks]
+        assert tuning.scores["both"]["mean"].value == pytest.approx(sum(parts) / 2)
+    table = report.tunings["all"].mixture
+    assert [(row.task, row.form, row.asked) for row in table] == [
+        ("who", "zero_shot", 0.75), ("room", "zero_shot", 0.125), ("room", "few_shot_options", 0.125),
+    ]  # fmt: skip
+    assert sum(row.got for row in table) == pytest.approx(1)
+    assert all(abs(row.got - row.asked) <= 1 / 40 + 1e-9 for row in table[1:])
+    assert all(row.epochs == pytest.approx(row.got * 40 / row.rows) and row.tokens > 0 for row in table)
+    assert {row.task for row in report.tunings["one"].mixture} == {"room"}
+    assert report.tunings["two_shot"].mixture == []
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The mixture, asked for and got" in page
+    session = Session(tmp_path / "run")
+    assert len(session.generate(["Anna asks about room 3"], "all", task="who")) == 1
+    with pytest.raises(UserError, match="say which with --task. Allowed: who, room"):
+        session.generate(["Anna asks about room 3"], "all")
+
+
+def test_choosing_tasks_of_no_mixture_is_an_error(content: dict) -> None:
+    content["tunings"] = {"one": {"method": "lora", "tasks": ["who"]}}
+    with pytest.raises(UserError, match="chooses from a mixture, but the recipe has one task"):
+        make_recipe(content)
+    content["task"] = {"tasks": [content["task"]]}
+    content["tunings"] = {"one": {"method": "lora", "tasks": ["whom"]}}
+    with pytest.raises(UserError, match="no task 'whom'"):
+        make_recipe(content)

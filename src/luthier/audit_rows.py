@@ -1,5 +1,6 @@
 """Is my data sound? Every row of a recipe, read and checked before anything is trained."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,16 +13,20 @@ from luthier.models.load import context_length, read_tokenizer
 from luthier.recipe import Recipe
 
 
-def audit(recipe: Recipe, examples: Examples | None = None) -> list[Finding]:
-    """All findings on the recipe's task, errors first; reads the tokenizer, not the weights.
+def audit(recipe: Recipe, loaded: Sequence[Examples] | None = None) -> list[Finding]:
+    """All findings on the recipe's task, or on each of its mixture's, errors first; reads the tokenizer, no weights.
 
     A kind named in the recipe's `allow` is a warning. Raises UserError for data that cannot be read at all.
     """
-    if examples is None:
-        examples = load_examples(recipe.task, Path(recipe.data), recipe.seed)
+    if loaded is None:
+        loaded = [load_examples(task, Path(recipe.data), recipe.seed) for task in recipe.tasks]
     tokenizer, config = read_tokenizer(recipe.base)
     encoder = recipe.encoder(tokenizer, config.is_encoder_decoder, context_length(config, DEFAULT_CONTEXT))
-    found = audit_text(examples) + audit_tokens(encoder, examples)
+    found: list[Finding] = []
+    for task, examples in zip(recipe.tasks, loaded, strict=True):
+        prefix = f"{task.name} " if len(loaded) > 1 else ""
+        of_task = audit_text(examples) + audit_tokens(encoder, examples)
+        found += [replace(one, split=f"{prefix}{one.split}") for one in of_task]
     found = [replace(one, level="warning") if one.kind in recipe.allow else one for one in found]
     return sorted(found, key=lambda one: one.level)
 

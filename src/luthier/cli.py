@@ -99,6 +99,7 @@ def generate(
         typer.Option(help="Answer each line: plain text, or JSON (a string, or an object with the template's names)."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write JSON lines {text, answer} here.")] = None,
+    task: Annotated[str | None, typer.Option(help="Of a mixture: the task whose template the text fills.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="The text is the whole prompt; use no template.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: the task's.")] = None,
 ) -> None:
@@ -109,7 +110,7 @@ def generate(
     if (text is None) == (file is None):
         raise UserError("Give either a text or --file FILE.")
     texts: list[str | dict[str, Any]] = [text] if text is not None else _lines(file or Path())
-    answers = Session(run).generate(texts, tuning, raw=raw, max_new_tokens=max_new_tokens)
+    answers = Session(run).generate(texts, tuning, task=task, raw=raw, max_new_tokens=max_new_tokens)
     if out:
         pairs = zip(texts, answers, strict=True)
         lines = [json.dumps({"text": one, "answer": said}, ensure_ascii=False) + "\n" for one, said in pairs]

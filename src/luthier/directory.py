@@ -110,15 +110,21 @@ class RunDirectory:
     def save_predictions(self, name: str, task: str, lines: list[dict[str, Any]]) -> None:
         """Write every answer of a tuning to a task as JSON lines."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        suffix = "" if task == self.recipe().task.name else f".{task.replace('/', '-')}"
-        write_whole(self.path / "predictions" / f"{name}{suffix}.jsonl", text.encode())
+        write_whole(self._predictions(name, task), text.encode())
 
     def predictions(self, name: str) -> list[dict[str, Any]]:
-        """The answers of a tuning to the run's task."""
-        file = self.path / "predictions" / f"{name}.jsonl"
-        if not file.is_file():
-            return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        """The answers of a tuning to the run's task, of a mixture to all of its tasks."""
+        recipe = self.recipe()
+        found: list[dict[str, Any]] = []
+        for task in recipe.tasks:
+            file = self._predictions(name, task.name)
+            if file.is_file():
+                found += [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        return found
+
+    def _predictions(self, name: str, task: str) -> Path:
+        suffix = "" if task == self.recipe().task.name else f".{task.replace('/', '-')}"
+        return self.path / "predictions" / f"{name}{suffix}.jsonl"
 
     def save_audit(self, findings: Sequence[Finding]) -> None:
         """Write what the audit found."""

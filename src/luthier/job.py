@@ -26,13 +26,14 @@ def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool 
     one. A stopped run goes on with `resume`. Raises UserError for a mistake in the recipe or its data
     (nothing is written then) and Interrupted when a signal stopped it (its state is saved).
     """
-    for task in (recipe.task, *recipe.retention):
-        examples = load_examples(task, Path(recipe.data), recipe.seed)
+    loaded = [
+        (task, load_examples(task, Path(recipe.data), recipe.seed)) for task in (*recipe.tasks, *recipe.retention)
+    ]
+    for task, examples in loaded:
         if not examples.test:
             raise UserError(f"The test split of task {task.name!r} has no rows. Set `test` to a file or a share.")
-        if task is recipe.task:
-            findings = audit(recipe, examples)
-            stop_on_errors(findings)
+    findings = audit(recipe, [examples for _, examples in loaded[: len(recipe.tasks)]])
+    stop_on_errors(findings)
     _rehearse(recipe)
     directory = RunDirectory.create(Path(out), recipe, resume)
     directory.save_audit(findings)

@@ -22,13 +22,15 @@ class PreviewRow:
 
 
 def preview(recipe: Recipe, rows: int = 3) -> list[PreviewRow]:
-    """Encode the first training rows exactly as training will; reads the tokenizer, not the weights.
+    """Encode the first training rows of each task exactly as training will; reads the tokenizer, not the weights.
 
     Raises UserError for a recipe without training rows.
     """
     tokenizer, config = read_tokenizer(recipe.base)
     encoder = recipe.encoder(tokenizer, config.is_encoder_decoder, context_length(config, DEFAULT_CONTEXT))
-    examples = load_examples(recipe.task, Path(recipe.data), recipe.seed).train[:rows]
+    examples = []
+    for task in recipe.tasks:
+        examples += load_examples(task, Path(recipe.data), recipe.seed).train[:rows]
     if not examples:
         raise UserError(f"The task {recipe.task.name!r} has no training rows (`train`), so there is nothing to show.")
     shown = []

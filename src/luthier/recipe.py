@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer, model_validator
 
 from luthier.data.library import task_files
+from luthier.data.mixture import Member, Mixture, TaskOrMixture, flan2022
 from luthier.data.task import Task
 from luthier.encoding.encoder import Encoder
 from luthier.errors import UserError, nearest
@@ -28,12 +29,15 @@ class Tuning(BaseModel):
 
     method: AnyMethod
     training: TrainingSettings = TrainingSettings()
+    tasks: list[str] | None = None  # of a mixture, those to train on; None: all
 
     @model_serializer
     def _flat(self) -> dict[str, Any]:
         flat: dict[str, Any] = TypeAdapter(AnyMethod).dump_python(self.method)
         if hasattr(self.method, "defaults"):
             flat["training"] = TypeAdapter(TrainingSettings).dump_python(self.training)
+        if self.tasks is not None:
+            flat["tasks"] = self.tasks
         return flat
 
 
@@ -43,7 +47,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     base: BaseSpec = Field(BaseSpec(), description="The base model: a name, directory, .gguf file or hub id.")
-    task: Task = Field(description="What to learn: a task that ships with Luthier, by name, or its definition.")
+    task: TaskOrMixture = Field(
+        description="What to learn: a task that ships with Luthier by name, its definition, or a mixture of tasks."
+    )
     tunings: dict[str, Tuning] = Field(
         description="What to compare, by name: a method with its settings.", min_length=1
     )
@@ -54,9 +60,19 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, description="Seed of splits, shots, order and new weights.")
     data: str = Field(".", description="Folder in which relative data files resolve; default: the recipe's own.")
 
+    @property
+    def tasks(self) -> list[Task]:
+        """The task, or the tasks of the mixture."""
+        return self.task.all_tasks() if isinstance(self.task, Mixture) else [self.task]
+
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
-        for task in (self.task, *self.retention):
+        for name, tuning in self.tunings.items():
+            if tuning.tasks is not None:
+                if not isinstance(self.task, Mixture):
+                    raise ValueError(f"tunings.{name}.tasks chooses from a mixture, but the recipe has one task")
+                self.task.only(tuning.tasks)
+        for task in (*self.tasks, *self.retention):
             for name in task.judged_by:
                 if name != "loss":
                     metric(name)
@@ -119,13 +135,22 @@ def recipe_schema() -> dict[str, Any]:
         one["properties"]["method"] = {"const": name}
         if hasattr(kind, "defaults"):
             one["properties"]["training"] = {"$ref": "#/$defs/TrainingSettings"}
+            one["properties"]["tasks"] = {"type": "array", "items": {"type": "string"}}
         tuned.append(one)
     definitions["Tuning"] = {"anyOf": [*tuned, {"type": "null"}]}
     properties = schema["properties"]
     names = sorted(task_files())
     properties["base"] = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/BaseSpec"}]}
     task = {"anyOf": [{"enum": names}, {"type": "string"}, {"$ref": "#/$defs/Task"}]}
-    properties["task"] = task
+    either = {"anyOf": [*task["anyOf"], {"$ref": "#/$defs/Mixture"}]}
+    preset = {"const": "flan2022", "description": "FLAN 2022's weights, caps and forms over `sources`."}
+    sources = {"type": "object", "additionalProperties": {"type": "array", "items": either}}
+    definitions["Mixture"]["properties"] |= {"preset": preset, "sources": sources}
+    definitions["Mixture"]["required"] = []
+    definitions["Mixture"]["anyOf"] = [{"required": ["tasks"]}, {"required": ["preset", "sources"]}]
+    definitions["Mixture"]["properties"]["tasks"]["items"] = {"anyOf": [*either["anyOf"], {"$ref": "#/$defs/Member"}]}
+    definitions["Member"]["properties"]["task"] = either
+    properties["task"] = either
     properties["retention"] = {"type": "array", "items": task, "default": RETENTION}
     properties["tunings"] = {
         "anyOf": [
@@ -171,11 +196,36 @@ def _task(given: Any, folder: Path, where: str) -> Any:
             given = {"name": given, **yaml.safe_load(path.read_text(encoding="utf-8"))}
         except (OSError, yaml.YAMLError, TypeError) as error:
             raise UserError(f"{where}: the task file {path} could not be read: {error}.") from None
+    if isinstance(given, dict) and "preset" in given:
+        given = _preset(given, where)
+    if isinstance(given, dict) and isinstance(given.get("tasks"), list):
+        return {**given, "tasks": [_member(one, folder, where) for one in given["tasks"]]}
     if isinstance(given, dict):
         for split in ("train", "validation", "test"):
             if isinstance(given.get(split), str):
                 given = {**given, split: {"path": given[split]}}
     return given
+
+
+def _member(given: Any, folder: Path, where: str) -> Any:
+    """A member of a mixture: a task, or one with its rate and forms (`task`, `rate`, `forms`, `shots`)."""
+    if isinstance(given, dict) and "task" in given:
+        return {**given, "task": _task(given["task"], folder, where)}
+    return {"task": _task(given, folder, where)}
+
+
+def _preset(given: dict[str, Any], where: str) -> dict[str, Any]:
+    if given["preset"] != "flan2022":
+        raise UserError(
+            f"{where}: unknown mixture preset {given['preset']!r}. {nearest(str(given['preset']), ['flan2022'])}"
+        )
+    sources = given.get("sources")
+    if not isinstance(sources, dict) or not all(isinstance(tasks, list) and tasks for tasks in sources.values()):
+        raise UserError(
+            f"{where}: the preset flan2022 needs `sources`: a list of tasks for muffin, t0, niv2, cot or dialog."
+        )
+    rest = {key: value for key, value in given.items() if key not in ("preset", "sources")}
+    return {**rest, "tasks": flan2022(sources)}
 
 
 def _set(whole: dict[str, Any], change: str) -> None:
@@ -204,12 +254,16 @@ def _set(whole: dict[str, Any], change: str) -> None:
 def _nested(given: Any, shared: dict[str, Any]) -> Any:
     if not isinstance(given, dict):
         return given
-    method = {key: value for key, value in given.items() if key != "training"}
+    method = {key: value for key, value in given.items() if key not in ("training", "tasks")}
     trains = hasattr(METHODS.get(method.get("method", "")), "defaults")
+    chosen = {"tasks": given["tasks"]} if "tasks" in given and trains else {}
+    if "tasks" in given and not trains:
+        method["tasks"] = given["tasks"]  # nothing is trained: an unknown key
     own = given.get("training") or {}
     if own and not trains:
         return {"method": method, "training": {"nothing is trained, so remove": own}}
-    return {"method": method, "training": {**shared, **own} if trains and isinstance(own, dict) else {}}
+    training = {**shared, **own} if trains and isinstance(own, dict) else {}
+    return {"method": method, "training": training, **chosen}
 
 
 def _apart(error: ValidationError) -> list[Any]:
@@ -242,7 +296,7 @@ def _place(loc: Sequence[Any]) -> list[str]:
     parts = [str(part) for part in loc]
     if parts[:1] == ["tunings"] and len(parts) > 2 and parts[2] == "method":
         parts = parts[:2] + parts[4 if len(parts) > 3 and parts[3] in METHODS else 3 :]
-    return [part for part in parts if part not in ("file", "share")]
+    return [part for part in parts if part not in ("file", "share", "<task>", "<mixture>")]
 
 
 def _allowed(place: list[str], loc: Sequence[Any]) -> list[str]:
@@ -252,12 +306,16 @@ def _allowed(place: list[str], loc: Sequence[Any]) -> list[str]:
         return [one.name for one in fields(TrainingSettings)]
     if place[0] == "tunings":
         kind = METHODS.get(str(loc[3])) if len(loc) > 3 else None
-        return [*(one.name for one in fields(kind)), "training"] if kind else []  # type: ignore[arg-type]
+        return [*(one.name for one in fields(kind)), "training", "tasks"] if kind else []  # type: ignore[arg-type]
     if place[0] == "base":
         return [one.name for one in fields(BaseSpec)]
     from luthier.data.source import Source
 
-    return [one.name for one in fields(Source if place[-1] in ("train", "validation", "test") else Task)]
+    if place[-1] in ("train", "validation", "test"):
+        return [one.name for one in fields(Source)]
+    if place[-1].isdigit() and "tasks" in place:
+        return [one.name for one in fields(Member)]
+    return [one.name for one in fields(Mixture if "<mixture>" in loc[-2:-1] else Task)]
 
 
 def differing_key(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> str | None:

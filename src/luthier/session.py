@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier.data.task import Example
+from luthier.data.task import Example, Task
 from luthier.data.template import Template
 from luthier.data.templates import resolve_templates
 from luthier.directory import RunDirectory
@@ -29,19 +29,21 @@ class Session:
         texts: Sequence[str | Mapping[str, Any]],
         tuning: str | None = None,
         *,
+        task: str | None = None,
         raw: bool = False,
         max_new_tokens: int | None = None,
     ) -> list[str]:
         """Answer texts with a tuning of the run (None: the bare base), greedily.
 
         A mapping fills the task's template by name, a text where it has a single variable; with `raw` a
-        text is the prompt itself. Raises UserError for an unknown tuning and for a prompt longer than the context.
+        text is the prompt itself. `task` names one of a mixture, whose template is then used. Raises UserError for an unknown tuning and for a prompt longer than the context.
         """
         reserve = self._use(tuning)
-        new_tokens = max_new_tokens or self.recipe.task.max_new_tokens
+        asked = self._task(task, raw)
+        new_tokens = max_new_tokens or asked.max_new_tokens
         prompts = []
         for number, text in enumerate(texts, 1):
-            prompt = self.encoder.prompt_ids(self._example(text, raw, number))
+            prompt = self.encoder.prompt_ids(self._example(asked, text, raw, number))
             room = self.encoder.max_length - reserve - (0 if self.encoder.encoder_decoder else new_tokens)
             if len(prompt) > room:
                 raise UserError(
@@ -74,19 +76,27 @@ class Session:
         self.base.use(tuning)
         return method.virtual_tokens()
 
-    def _template(self) -> Template:
+    def _task(self, name: str | None, raw: bool) -> Task:
+        tasks = {task.name: task for task in self.recipe.tasks}
+        if name is None and (len(tasks) == 1 or raw):
+            return self.recipe.tasks[0]
+        if name is None:
+            raise UserError(f"The run is of several tasks: say which with --task. Allowed: {', '.join(tasks)}.")
+        if name not in tasks:
+            raise UserError(f"The run {self.directory.path} has no task {name!r}. {nearest(name, tasks)}")
+        return tasks[name]
+
+    def _template(self, task: Task) -> Template:
         """The task's template, the first where it has several."""
-        task = self.recipe.task
         return resolve_templates(task.template, task.choices, Path(self.recipe.data))[0].template
 
-    def _example(self, text: str | Mapping[str, Any], raw: bool, number: int) -> Example:
-        task = self.recipe.task
+    def _example(self, task: Task, text: str | Mapping[str, Any], raw: bool, number: int) -> Example:
         if isinstance(text, Mapping):
-            prompt = self._template().render_prompt(text, f"text {number}")
+            prompt = self._template(task).render_prompt(text, f"text {number}")
         elif raw:
             prompt = text
         else:
-            template = self._template()
+            template = self._template(task)
             variables = template.prompt_variables()
             if len(variables) != 1:
                 raise UserError(

@@ -14,13 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from luthier.data.forms import in_form
+from luthier.data.mixture import Mixture, entries, epoch_size
 from luthier.data.shots import choose_shots, with_shots
 from luthier.data.task import Example, Examples, Task, load_examples
 from luthier.directory import BASELINE, RunDirectory
 from luthier.encoding.batches import encode_all
 from luthier.encoding.encoder import Encoded, Encoder
+from luthier.encoding.order import Mixed, Shuffled, Stream, step_places
 from luthier.errors import Interrupted, UserError
-from luthier.evaluation.score import answer, loss_and_accuracy, losses, measure
+from luthier.evaluation.score import answer, loss_and_accuracy, losses, mean_of_tasks, measure
 from luthier.models.base import BaseModel
 from luthier.models.memory import peak_bytes, resident_bytes
 from luthier.progress import Progress
@@ -41,7 +44,7 @@ class Stage:
     recipe: Recipe
     base: BaseModel
     encoder: Encoder
-    examples: Examples
+    tasks: list[tuple[Task, Examples]]  # one, or those of a mixture
     progress: Progress
     should_stop: Callable[[], bool]
 
@@ -50,17 +53,17 @@ def run_stage(directory: RunDirectory, name: str, should_stop: Callable[[], bool
     """Run one stage: a tuning of the recipe, or the baseline. Its result file is written last."""
     after_import = resident_bytes()
     recipe = directory.recipe()
-    examples = load_examples(recipe.task, Path(recipe.data), recipe.seed)
+    tasks = [(task, load_examples(task, Path(recipe.data), recipe.seed)) for task in recipe.tasks]
     with Progress(name) as progress:
-        if examples.skipped:
+        if skipped := [row for _, examples in tasks for row in examples.skipped]:
             progress.say(
-                f"{len(examples.skipped)} rows skipped, to which their template does not apply: "
-                f"{', '.join(examples.skipped[:3])}{' ...' if len(examples.skipped) > 3 else ''}"
+                f"{len(skipped)} rows skipped, to which their template does not apply: "
+                f"{', '.join(skipped[:3])}{' ...' if len(skipped) > 3 else ''}"
             )
         progress.say("loading the base")
         base = BaseModel.load(recipe.base)
         encoder = recipe.encoder(base.tokenizer, base.encoder_decoder, base.context)
-        stage = Stage(directory, recipe, base, encoder, examples, progress, should_stop)
+        stage = Stage(directory, recipe, base, encoder, tasks, progress, should_stop)
         if name == BASELINE:
             result: dict[str, Any] = {"scores": _score_retention(stage, name, 0)}
         else:
@@ -75,21 +78,17 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
     asked = method.shot_count()
     if asked:  # training's limit on rows is no limit on what the model can read
         stage = replace(stage, encoder=stage.encoder.widened(stage.base.context))
-    shots = choose_shots(stage.examples.train, asked, stage.recipe.seed) if asked else []
-    budget = stage.encoder.max_length - stage.recipe.task.max_new_tokens
-    prepared = {
-        split: [with_shots(example, shots, budget, stage.encoder.count) for example in examples]
-        for split, examples in (("validation", stage.examples.validation), ("test", stage.examples.test))
-    }
-    kept = [len(example.shots) for example in prepared["test"]]
+    prepared = [(task, _shown(stage, task, examples, asked)) for task, examples in stage.tasks]
+    kept = [len(example.shots) for _, examples in prepared for example in examples.test]
     if asked and min(kept) < asked:
         stage.progress.say(
             f"{sum(count < asked for count in kept)} of {len(kept)} prompts hold fewer than {asked} shots "
             f"(least {min(kept)}): the limit is {stage.encoder.max_length} tokens"
         )
-    validation = _encode(stage, prepared["validation"], 0, "validation")
-    kept_at = _validate(stage, validation, 0, prepared["validation"]) if validation else None
-    scores = _score(stage, name, stage.recipe.task, prepared["test"], 0)
+    stage = replace(stage, tasks=prepared)
+    validation = _encode(stage, _held_out(stage), 0, "validation")
+    kept_at = _validate(stage, validation, 0) if validation else None
+    scores = _score_tasks(stage, name, 0)
     return {
         "method": method.method,
         "trainable_parameters": 0,
@@ -100,25 +99,32 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
         "validation_loss": kept_at.loss if kept_at else None,
         "validation_accuracy": kept_at.accuracy if kept_at else None,
         "shots": {"asked": asked, "least": min(kept), "mean": sum(kept) / len(kept)},
-        "scores": {stage.recipe.task.name: scores},
+        "scores": scores,
         "history": [],
         "cut": 0,
     }
+
+
+def _shown(stage: Stage, task: Task, examples: Examples, asked: int) -> Examples:
+    """Validation and test with `asked` training examples in each prompt, or as many as fit."""
+    shots = choose_shots(examples.train, asked, stage.recipe.seed) if asked else []
+    budget = stage.encoder.max_length - task.max_new_tokens
+    put = lambda rows: [with_shots(row, shots, budget, stage.encoder.count) for row in rows]  # noqa: E731
+    return replace(examples, validation=put(examples.validation), test=put(examples.test))
 
 
 def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
     """Train a tuning (or take up one that was trained before a stop), save it and score it."""
     base, recipe, directory = stage.base, stage.recipe, stage.directory
     reserve = method.virtual_tokens()
-    if not stage.examples.train:
-        raise UserError(
-            f"{name!r} has to be trained, but the task {recipe.task.name!r} has no training rows (`train`)."
-        )
-    validation = _encode(stage, stage.examples.validation, reserve, "validation")
+    for task, examples in stage.tasks:
+        if not examples.train:
+            raise UserError(f"{name!r} has to be trained, but the task {task.name!r} has no training rows (`train`).")
+    validation = _encode(stage, _held_out(stage, recipe.tunings[name].tasks), reserve, "validation")
     trained = directory.result(f"{name}.trained")
     if trained is None:
         attach(base, name, method, recipe.seed)
-        rows = _encode(stage, stage.examples.train, reserve, "training")
+        rows, describe = _stream(stage, recipe.tunings[name].tasks, reserve)
         settings = recipe.tunings[name].training
         stage.progress.begin("training", settings.steps(len(rows)))
         with log_hooks(directory.log(name), directory.path / "tensorboard" / name) as hooks:
@@ -150,23 +156,79 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
             "validation_accuracy": kept.accuracy if kept else None,
             "shots": {"asked": 0, "least": 0, "mean": 0.0},
             "history": done.history,
-            "cut": sum(bool(row.cut) for row in rows),
+            **describe(settings.batch_size, done.step),
         }
         directory.save_result(f"{name}.trained", trained)
     else:
         load_tuning(base, directory.tuning(name), name)
     base.use(name)
-    scores = {recipe.task.name: _score(stage, name, recipe.task, stage.examples.test, reserve)}
-    return {**trained, "scores": scores | _score_retention(stage, name, reserve)}
+    return {**trained, "scores": _score_tasks(stage, name, reserve) | _score_retention(stage, name, reserve)}
 
 
-def _validate(stage: Stage, rows: list[Encoded], reserve: int, examples: Sequence[Example] | None = None) -> Validation:
+def _held_out(stage: Stage, names: Sequence[str] | None = None) -> list[Example]:
+    """The validation examples of these tasks, by default all."""
+    return [one for task, examples in stage.tasks if not names or task.name in names for one in examples.validation]
+
+
+def _stream(
+    stage: Stage, names: Sequence[str] | None, reserve: int
+) -> tuple[Stream, Callable[[int, int], dict[str, Any]]]:
+    """The training rows in their order, and what to report of them after so many steps of that batch size."""
+    mixture, seed = stage.recipe.task, stage.recipe.seed
+    examples = {task.name: each for task, each in stage.tasks}
+    if isinstance(mixture, Task):
+        rows = _encode(stage, examples[mixture.name].train, reserve, "training")
+        return Shuffled(rows, seed), lambda batch, steps: {"cut": sum(bool(row.cut) for row in rows), "mixture": []}
+    chosen = mixture.only(names) if names else mixture
+    count = lambda task: len(examples[task.name].train)  # noqa: E731
+    flat = entries(chosen, count)
+    budget = stage.encoder.max_length - reserve
+    each = []
+    for entry in flat:
+        train_rows = examples[entry.task.name].train
+        shown = in_form(entry, train_rows, Path(stage.recipe.data), seed, budget, stage.encoder.count)
+        each.append(_encode(stage, shown, reserve, f"training ({entry.task.name}, {entry.form})"))
+    stream = Mixed(each, [entry.rate for entry in flat], epoch_size(chosen, count), seed)
+
+    def describe(batch: int, steps: int) -> dict[str, Any]:
+        drawn = step_places(stream, batch, steps - 1).stop if steps else 0
+        tokens = [0] * len(flat)
+        for k in range(drawn):
+            place, row = stream.draws.at(k)
+            tokens[place] += len(each[place][row])
+        table = [
+            {
+                "task": entry.task.name,
+                "form": entry.form,
+                "asked": entry.rate,
+                "got": got / max(1, drawn),
+                "rows": len(rows),
+                "epochs": got / len(rows),
+                "tokens": of,
+            }
+            for entry, rows, got, of in zip(flat, each, stream.draws.counts(drawn), tokens, strict=True)
+        ]
+        return {"cut": sum(bool(row.cut) for rows in each for row in rows), "mixture": table}
+
+    return stream, describe
+
+
+def _validate(stage: Stage, rows: list[Encoded], reserve: int) -> Validation:
     """Loss on the validation targets, and accuracy: of the answers where there are choices, else of the next token."""
     loss, accuracy = loss_and_accuracy(stage.base, rows)
-    if stage.recipe.task.choices:
-        answers = answer(stage.base, stage.encoder, examples or stage.examples.validation, 1, reserve)
+    if isinstance(stage.recipe.task, Task) and stage.recipe.task.choices:
+        answers = answer(stage.base, stage.encoder, _held_out(stage), 1, reserve)
         accuracy = sum(one.prediction in one.references for one in answers) / len(answers)
     return Validation(loss, accuracy)
+
+
+def _score_tasks(stage: Stage, name: str, reserve: int) -> dict[str, Any]:
+    """Scores of the recipe's task; of a mixture, of each of its tasks and their mean."""
+    scores = {task.name: _score(stage, name, task, examples.test, reserve) for task, examples in stage.tasks}
+    if isinstance(stage.recipe.task, Mixture):
+        judged = [(scores[task.name], task.judged_by[-1]) for task in stage.recipe.tasks]
+        scores[stage.recipe.task.name] = mean_of_tasks(judged)
+    return scores
 
 
 def _score_retention(stage: Stage, name: str, reserve: int) -> dict[str, Any]:

@@ -39,7 +39,8 @@ class Task:
     (0.1) or a number (50) of the training rows, drawn once with the recipe's seed. `references`
     names columns of the test rows that hold the human answers; without it the completion is the reference.
     `choices` (a list, or Jinja with ``|||``) makes it a classification: the model's most probable
-    choice is its answer.
+    choice is its answer. `chain_of_thought` is a second template, with the reasons before the answer, for mixtures
+    that ask for that form.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -51,6 +52,7 @@ class Task:
     name: str = "task"
     system: str | None = None
     choices: str | list[str] | None = None
+    chain_of_thought: str | None = None
     template_choice: Literal["seeded", "all"] = "seeded"
     references: list[str] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)

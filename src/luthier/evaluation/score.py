@@ -107,6 +107,25 @@ def measure(predictions: Sequence[Prediction], names: Sequence[str]) -> tuple[di
     return entries, values
 
 
+def mean_of_tasks(scores: Sequence[tuple[dict[str, Any], str]]) -> dict[str, Any]:
+    """The report's entry for a mixture: the mean over its tasks, each by its own metric, (scores, metric) a task.
+
+    Each example's value is scaled so that the plain mean over all examples is the mean over the tasks.
+    """
+    each = [np.array(found["values"][metric]) for found, metric in scores]
+    total = sum(map(len, each))
+    values = np.concatenate([one * total / (len(each) * len(one)) for one in each])
+    found = interval(values)
+    signature = (
+        f"metric:mean|of:{','.join(metric for _, metric in scores)}|tasks:{len(each)}|n:{total}|interval:bootstrap95"
+    )
+    return {
+        "metrics": {"mean": {"value": found.value, "low": found.low, "high": found.high, "signature": signature}},
+        "values": {"mean": [float(one) for one in values]},
+        "seconds": sum(found["seconds"] for found, _ in scores),
+    }
+
+
 def _prompt(encoder: Encoder, example: Example, reserve: int) -> list[int]:
     room = encoder.max_length - (0 if encoder.encoder_decoder else reserve)
     return cut_middle(encoder.prompt_ids(example), room)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier.data.task import Task
 from luthier.evaluation.bootstrap import paired_difference
 from luthier.recipe import Recipe
 from luthier.report.answer import answer
@@ -13,6 +14,7 @@ from luthier.report.schema import (
     AuditFinding,
     Difference,
     ExampleReport,
+    MixtureRow,
     Report,
     Retention,
     Score,
@@ -32,7 +34,7 @@ def build_report(
 ) -> Report:
     """Compare the tunings of a run; `results` and `predictions` are by tuning, as the stages wrote them."""
     task = recipe.task
-    metric = task.judged_by[-1]
+    metric = task.judged_by[-1] if isinstance(task, Task) else "mean"
     base = next(iter(results.values()))["base"]
     tunings = {
         name: _tuning(recipe, name, result, predictions.get(name, []), baseline, base["parameters"])
@@ -48,6 +50,7 @@ def build_report(
     report = Report(
         schema_version=SCHEMA_VERSION,
         task=task.name,
+        tasks=[one.name for one in recipe.tasks],
         metric=metric,
         answer="",
         base=base,
@@ -92,6 +95,7 @@ def _tuning(
         prompt_tokens=float(np.mean([line["prompt_tokens"] for line in predictions])) if predictions else 0.0,
         shots=result["shots"],
         cut=result["cut"],
+        mixture=[MixtureRow(**row) for row in result.get("mixture", [])],
         history=result["history"],
         scores=scores,
     )
@@ -129,18 +133,14 @@ def _retention(name: str, task: str, baseline: dict[str, Any], result: dict[str,
 
 def _examples(predictions: dict[str, list[dict[str, Any]]]) -> list[ExampleReport]:
     """The first examples of the test split: not chosen, so they flatter nobody."""
-    by_name = {name: {line["id"]: line for line in lines} for name, lines in predictions.items()}
     first = next((lines for lines in predictions.values() if lines), [])
-    plain = next((name for name, lines in predictions.items() if lines), "")
-    shown = []
-    for line in first[:SHOWN_EXAMPLES]:
-        outputs = {name: lines[line["id"]]["prediction"] for name, lines in by_name.items() if line["id"] in lines}
-        shown.append(
-            ExampleReport(
-                id=line["id"],
-                prompt=by_name[plain][line["id"]]["input"],
-                references=line["references"],
-                outputs=outputs,
-            )
+    return [
+        ExampleReport(
+            id=line["id"],
+            prompt=line["input"],
+            references=line["references"],
+            # Every tuning answered the same examples in the same order.
+            outputs={name: lines[place]["prediction"] for name, lines in predictions.items() if lines},
         )
-    return shown
+        for place, line in enumerate(first[:SHOWN_EXAMPLES])
+    ]

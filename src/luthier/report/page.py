@@ -7,7 +7,7 @@ import yaml
 
 from luthier.report.charts import Bar, Series, bars, lines, smooth
 from luthier.report.schema import Report, TuningReport
-from luthier.report.table import short, size
+from luthier.report.table import main_score, short, size
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -20,6 +20,7 @@ def page(report: Report) -> str:
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
         metrics=metrics,
+        main_score=main_score,
         rouge=[(metric, _metric_bars(report, metric)) for metric in metrics],
         training_loss=_curve(report, "loss", "training loss (smoothed)", "nats per target token"),
         validation_loss=_curve(report, "validation_loss", "validation loss", "nats per target token"),

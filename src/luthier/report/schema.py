@@ -30,6 +30,18 @@ class Shots(_Part):
     mean: float
 
 
+class MixtureRow(_Part):
+    """What a tuning was trained on, of one task in one form: the share asked for and got."""
+
+    task: str
+    form: str
+    asked: float = Field(description="Share of all draws, 0-1.")
+    got: float = Field(description="Share of the draws made, 0-1.")
+    rows: int
+    epochs: float = Field(description="How often its rows were gone through.")
+    tokens: int = Field(description="Prompt and target tokens trained on.")
+
+
 class TuningReport(_Part):
     """One tuning: what it cost and what it reached."""
 
@@ -52,6 +64,7 @@ class TuningReport(_Part):
     prompt_tokens: float = Field(description="Mean tokens of a test prompt.")
     shots: Shots
     cut: int = Field(description="Training prompts that lost their middle to fit max_length.")
+    mixture: list[MixtureRow] = Field([], description="Empty where the recipe has one task.")
     history: list[dict[str, Any]]
     scores: dict[str, dict[str, Score]]
 
@@ -106,7 +119,8 @@ class Report(_Part):
     """Everything one run found."""
 
     schema_version: int
-    task: str
+    task: str = Field(description="The task or the mixture.")
+    tasks: list[str] = Field([], description="The task, or those of the mixture.")
     metric: str = Field(description="The metric that the answer and the comparisons are about.")
     answer: str = Field(description="The finding in one or two sentences.")
     base: dict[str, Any]

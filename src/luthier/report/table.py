@@ -3,13 +3,15 @@
 from rich.console import Console
 from rich.table import Table
 
-from luthier.report.schema import Report, Retention
+from luthier.report.schema import Report, Retention, Score, TuningReport
 
 
 def print_report(report: Report, console: Console) -> None:
     """Print the answer, the scores, the costs and what was forgotten."""
     console.print(f"\n[bold]{report.answer}[/bold]\n")
     console.print(_scores(report))
+    if len(report.tasks) > 1:
+        console.print(_tasks(report))
     console.print(_costs(report))
     if report.retention:
         console.print(_forgetting(report))
@@ -34,6 +36,27 @@ def _scores(report: Report) -> Table:
         loss = "-" if tuning.validation_loss is None else f"{tuning.validation_loss:.3f}"
         table.add_row(name, *cells, loss)
     return table
+
+
+def _tasks(report: Report) -> Table:
+    table = Table(title="each task: test score x100 with 95 % interval; * trained on it", title_justify="left")
+    table.add_column("task")
+    for name in report.tunings:
+        table.add_column(name, justify="right")
+    for task in report.tasks:
+        cells = []
+        for tuning in report.tunings.values():
+            score = main_score(tuning, task)
+            mark = "*" if task in {row.task for row in tuning.mixture} else ""
+            cells.append(f"{score.value * 100:.1f}{mark} \\[{score.low * 100:.0f}, {score.high * 100:.0f}]")
+        metric = list(next(iter(report.tunings.values())).scores[task])[-1]
+        table.add_row(f"{task} ({short(metric)})", *cells)
+    return table
+
+
+def main_score(tuning: TuningReport, task: str) -> Score:
+    """A tuning's score by the task's main metric, its last."""
+    return list(tuning.scores[task].values())[-1]
 
 
 def _costs(report: Report) -> Table:
