@@ -55,12 +55,11 @@ def preview(
 
     for row in preview_rows(_load(recipe, set_), rows):
         cut = f", {row.cut} cut from its middle" if row.cut else ""
-        console.rule(f"{row.id}: prompt {row.prompt_tokens} tokens{cut}, trained {len(row.trained)}")
-        marked = "".join(
-            f"[black on {'green' if place % 2 else 'bright_green'}]{escape(_visible(piece))}[/]"
-            for place, piece in enumerate(row.trained)
-        )
-        console.print(f"[dim]{escape(row.prompt)}[/dim]{marked}", soft_wrap=True)
+        trained = len(row.trained) + sum(len(pieces) for _, pieces in row.earlier)
+        console.rule(f"{row.id}: prompt {row.prompt_tokens} tokens{cut}, trained {trained}")
+        parts = [*row.earlier, (row.prompt, row.trained)]
+        shown = "".join(f"[dim]{escape(text)}[/dim]{_marked(pieces)}" for text, pieces in parts)
+        console.print(shown, soft_wrap=True)
     console.print("\n[dim]dim: prompt, read only[/dim]   [black on green]green: trained[/], token by token")
 
 
@@ -220,6 +219,13 @@ def _lines(path: Path) -> list[str | dict[str, Any]]:
     if not texts:
         raise UserError(f"{path} holds no text.")
     return texts
+
+
+def _marked(pieces: list[str]) -> str:
+    return "".join(
+        f"[black on {'green' if place % 2 else 'bright_green'}]{escape(_visible(piece))}[/]"
+        for place, piece in enumerate(pieces)
+    )
 
 
 def _visible(piece: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from luthier.data.formats.chat import LOGS, read_conversation
 from luthier.data.task import Example, Task
 from luthier.data.template import Template
 from luthier.data.templates import resolve_templates
@@ -88,9 +89,12 @@ class Session:
 
     def _template(self, task: Task) -> Template:
         """The task's template, the first where it has several."""
+        assert task.template is not None
         return resolve_templates(task.template, task.choices, Path(self.recipe.data))[0].template
 
     def _example(self, task: Task, text: str | Mapping[str, Any], raw: bool, number: int) -> Example:
+        if task.format:
+            return self._chat(task, text, number)
         if isinstance(text, Mapping):
             prompt = self._template(task).render_prompt(text, f"text {number}")
         elif raw:
@@ -106,3 +110,16 @@ class Session:
                 )
             prompt = template.render_prompt({variables.pop(): text}, f"text {number}")
         return Example(f"text {number}", prompt, "", system=task.system)
+
+    def _chat(self, task: Task, text: str | Mapping[str, Any], number: int) -> Example:
+        """A question as it is, or a row of the task's format with the turns so far."""
+        assert task.format is not None
+        if isinstance(text, str):
+            return Example(f"text {number}", text, "", system=task.system)
+        column, speaker, said = LOGS.get(task.format, ("", "", ""))
+        open_ended = {**text, "output": ""} if task.format == "alpaca" else dict(text)
+        if column and isinstance(text.get(column), list):
+            open_ended[column] = [*text[column], {speaker: "assistant", said: ""}]
+        found = read_conversation(open_ended, task.format, f"text {number}")
+        *earlier, (prompt, _) = found.exchanges
+        return Example(f"text {number}", prompt, "", system=found.system or task.system, shots=tuple(earlier))

@@ -65,9 +65,9 @@ def audit_text(examples: Examples) -> list[Finding]:
 def _empty(rows: Sequence[Example], split: str) -> list[Finding]:
     return [
         *finding(
-            "no target", "error", split, [row.id for row in rows if not row.completion],
-            next((row.prompt for row in rows if not row.completion), ""),
-            "The template renders nothing after '|||' for these rows: fill or remove them.",
+            "no target", "error", split, [row.id for row in rows if _unanswered(row)],
+            next((row.prompt for row in rows if _unanswered(row)), ""),
+            "There is nothing to learn: after '|||' the template renders nothing, or an answer of the chat is empty.",
         ),
         *finding(
             "no prompt", "error", split, [row.id for row in rows if not row.prompt],
@@ -80,6 +80,11 @@ def _empty(rows: Sequence[Example], split: str) -> list[Finding]:
             "", "A row without a human answer cannot be scored: fill the column named in `references`.",
         ),
     ]  # fmt: skip
+
+
+def _unanswered(row: Example) -> bool:
+    learnt = row.shots[len(row.shots) - row.learnt :]
+    return not row.completion or not all(answer for _, answer in learnt)
 
 
 def _choices(rows: Sequence[Example], split: str) -> list[Finding]:

@@ -24,7 +24,7 @@ def with_shots(
 ) -> Example:
     """Put as many shots before the prompt as fit into `budget` tokens (prompt and answer), first ones first."""
     for kept in range(len(shots), 0, -1):
-        fuller = replace(example, shots=tuple(shots[:kept]))
+        fuller = replace(example, shots=(*shots[:kept], *example.shots))
         if count_tokens(fuller) <= budget:
             return fuller
     return example

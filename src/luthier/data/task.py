@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Tag
 
+from luthier.data.formats.chat import Format, read_conversation
 from luthier.data.source import Row, Source, read_rows
 from luthier.data.templates import NamedTemplate, resolve_templates
 from luthier.data.worker import RenderWorker
@@ -33,7 +34,8 @@ FileOrShare = Annotated[Annotated[File, Tag("file")] | Annotated[float, Tag("sha
 class Task:
     """What to learn and how to judge it.
 
-    `template` is Jinja text (``prompt ||| completion``), ``promptsource:FOLDER/name``, a path to a templates.yaml, or a
+    `format` reads chat logs instead: every answer of a conversation is learnt, a row's own system prompt goes before
+    `system`. `template` is Jinja text (``prompt ||| completion``), ``promptsource:FOLDER/name``, a path to a templates.yaml, or a
     list of these. With several, each row takes one by seed, or training rows take each (`template_choice: all`).
     A split is a file (`path`, or `{path, columns, limit}`) or, for validation and test, a share
     (0.1) or a number (50) of the training rows, drawn once with the recipe's seed. `references`
@@ -45,12 +47,13 @@ class Task:
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-    template: str | list[str]
+    template: str | list[str] | None = None
     train: File | None = None
     validation: FileOrShare = 0.1
     test: FileOrShare = 0.1
     name: str = "task"
     system: str | None = None
+    format: Format | None = None
     choices: str | list[str] | None = None
     chain_of_thought: str | None = None
     template_choice: Literal["seeded", "all"] = "seeded"
@@ -59,6 +62,13 @@ class Task:
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
+        if (self.template is None) == (self.format is None):
+            raise ValueError(
+                "a task needs a `template` (prompt ||| completion), or a `format` for chat logs (messages, sharegpt, alpaca)"
+                + (", not both" if self.template is not None else "")
+            )
+        if self.format and (self.choices or self.chain_of_thought):
+            raise ValueError(f"`choices` and `chain_of_thought` need a template; the format is {self.format}")
         for split in (self.validation, self.test):
             if not isinstance(split, Source) and split < 0:
                 raise ValueError(f"a split of {split} rows or share is negative")
@@ -73,7 +83,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Example:
-    """A rendered prompt/completion pair; `shots` are pairs shown inside the prompt."""
+    """A rendered prompt/completion pair; `shots` are pairs shown inside the prompt.
+
+    The last `learnt` shots are the conversation's own earlier exchanges, whose answers are trained on too.
+    """
 
     id: str
     prompt: str
@@ -82,6 +95,7 @@ class Example:
     choices: tuple[str, ...] = ()
     system: str | None = None
     shots: tuple[tuple[str, str], ...] = ()
+    learnt: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,7 +113,7 @@ def load_examples(task: Task, folder: Path, seed: int) -> Examples:
 
     Raises UserError for unreadable rows, a split without rows and a split whose targets are all empty.
     """
-    templates = resolve_templates(task.template, task.choices, folder)
+    templates = resolve_templates(task.template, task.choices, folder) if task.template is not None else []
     rows = _split_rows(task, folder, seed)
     examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
     skipped: list[str] = []
@@ -107,6 +121,9 @@ def load_examples(task: Task, folder: Path, seed: int) -> Examples:
         for split in SPLITS:
             references = task.references if split == "test" else []
             for row in rows[split]:
+                if task.format:
+                    examples[split].append(_conversation(task, row, references))
+                    continue
                 chosen = templates
                 if len(templates) > 1 and (split != "train" or task.template_choice == "seeded"):
                     chosen = [random.Random(f"template {seed} {row.id}").choice(templates)]
@@ -170,17 +187,37 @@ def _render(
         raise UserError(
             f"{row.id}: the template renders to {len(parts)} parts; one '|||' between prompt and completion is allowed."
         )
-    missing = [column for column in references if column not in row.values]
-    if missing:
-        raise UserError(
-            f"{row.id} has no column {missing[0]!r} (asked for by `references`). It has: {', '.join(map(str, row.values))}."
-        )
     prompt, completion = parts
     return Example(
         id=row.id,
         prompt=prompt,
         completion=completion,
-        references=tuple(str(row.values[column]) for column in references) or (completion,),
+        references=_references(row, references) or (completion,),
         choices=choices,
         system=task.system,
+    )
+
+
+def _references(row: Row, columns: list[str]) -> tuple[str, ...]:
+    missing = [column for column in columns if column not in row.values]
+    if missing:
+        raise UserError(
+            f"{row.id} has no column {missing[0]!r} (asked for by `references`). It has: {', '.join(map(str, row.values))}."
+        )
+    return tuple(str(row.values[column]) for column in columns)
+
+
+def _conversation(task: Task, row: Row, references: list[str]) -> Example:
+    """A chat log as its last exchange behind the earlier ones."""
+    assert task.format is not None
+    found = read_conversation(row.values, task.format, row.id)
+    *earlier, (prompt, completion) = found.exchanges
+    return Example(
+        id=row.id,
+        prompt=prompt,
+        completion=completion,
+        references=_references(row, references) or (completion,),
+        system=found.system or task.system,
+        shots=tuple(earlier),
+        learnt=len(earlier),
     )

@@ -88,6 +88,8 @@ class RenderWorker:
                 text=True,
                 encoding="utf-8",
             )
+            assert self._child.stdout is not None
+            self._child.stdout.readline()  # it is ready: starting is not the template's time
         return self._child
 
     def _stop(self) -> None:
@@ -117,6 +119,7 @@ def main() -> None:
     """Answer requests on standard input until it ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    print("ready", flush=True)
     for line in sys.stdin:
         sys.stdout.write(json.dumps(_answer(json.loads(line))) + "\n")
         sys.stdout.flush()

@@ -28,8 +28,8 @@ def micro_batches(rows: Sequence[Encoded], budget: int, padded: bool) -> list[li
 
 def collate(rows: Sequence[Encoded], decoder_start: int | None) -> Batch:
     """Lay rows out as one packed batch; `decoder_start` is given for encoder-decoders."""
-    labels = torch.tensor([token for row in rows for token in row.target])
-    owners = torch.tensor([place for place, row in enumerate(rows) for _ in row.target])
+    labels = torch.tensor([token for row in rows for token in row.labels])
+    owners = torch.tensor([place for place, row in enumerate(rows) for _ in row.labels])
     ids = tuple(row.id for row in rows)
     if decoder_start is not None:
         inputs = [token for row in rows for token in (decoder_start, *row.target[:-1])]
@@ -46,6 +46,7 @@ def collate(rows: Sequence[Encoded], decoder_start: int | None) -> Batch:
     sequences = [row.prompt + row.target[:-1] for row in rows]
     targets, start = [], 0
     for row, sequence in zip(rows, sequences, strict=True):
+        targets += [torch.arange(start + first - 1, start + stop - 1) for first, stop in row.earlier]
         targets.append(torch.arange(start + len(row.prompt) - 1, start + len(sequence)))
         start += len(sequence)
     return Batch(ids=ids, source=_packed(sequences), targets=torch.cat(targets), labels=labels, owners=owners)
@@ -107,7 +108,7 @@ def encode_all(
     encoder: Encoder, examples: Sequence, reserve: int = 0, on_cut: Callable[[Encoded], None] | None = None
 ) -> list[Encoded]:
     """Encode examples, telling of each whose prompt had to be cut."""
-    rows = [encoder.encode(example, reserve) for example in examples]
+    rows = [row for example in examples for row in encoder.encode_all(example, reserve)]
     for row in rows:
         if row.cut and on_cut:
             on_cut(row)

@@ -7,7 +7,7 @@ nothing else, and a tuned model sees the prompt ids it was trained on.
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.data.task import Example
@@ -19,12 +19,23 @@ SHORTEST_PROMPT = 8
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one example; `cut` counts prompt tokens removed to fit."""
+    """Token ids of one example; `cut` counts prompt tokens removed to fit.
+
+    `earlier` are the places (start, stop) in the prompt of a conversation's earlier answers, trained on as well.
+    """
 
     id: str
     prompt: list[int]
     target: list[int]  # completion + one end token
     cut: int = 0
+    earlier: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def labels(self) -> list[int]:
+        """All tokens that are trained on, in order."""
+        if not self.earlier:
+            return self.target
+        return [token for start, stop in self.earlier for token in self.prompt[start:stop]] + self.target
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
@@ -93,8 +104,50 @@ class Encoder:
                 f"(max_length, or the model's context){f' less {reserve} reserved' if reserve else ''}: no room is "
                 "left for the prompt. Raise `max_length` or shorten the row; a target is never cut."
             )
+        if len(prompt) > room and example.learnt:  # a conversation loses its oldest exchange, not its middle
+            shots = example.shots[: len(example.shots) - example.learnt], example.shots[-example.learnt :]
+            shorter = self.encode(
+                replace(example, shots=(*shots[0], *shots[1][1:]), learnt=example.learnt - 1), reserve
+            )
+            return replace(shorter, cut=len(prompt) - len(shorter.prompt))
         kept = cut_middle(prompt, room)
-        return Encoded(example.id, kept, target, len(prompt) - len(kept))
+        return Encoded(example.id, kept, target, len(prompt) - len(kept), self._earlier(example, kept))
+
+    def encode_all(self, example: Example, reserve: int = 0) -> list[Encoded]:
+        """The training rows of an example: one, or one an answer where a conversation's prompts do not continue
+        one another id for id (a plain base, an encoder-decoder, a chat template that rewrites earlier turns).
+        """
+        if not example.learnt:
+            return [self.encode(example, reserve)]
+        whole = self.encode(example, reserve)
+        first = len(example.shots) - example.learnt
+        if whole.earlier and (whole.cut or len(whole.earlier) == example.learnt):
+            return [whole]
+        rows = []
+        for turn in range(first, len(example.shots)):
+            question, answer = example.shots[turn]
+            shown = replace(
+                example,
+                id=f"{example.id} answer {turn - first + 1}",
+                prompt=question,
+                completion=answer,
+                shots=example.shots[:turn],
+                learnt=0,
+            )
+            rows.append(self.encode(shown, reserve))
+        return [*rows, replace(whole, earlier=())]
+
+    def _earlier(self, example: Example, prompt: list[int]) -> tuple[tuple[int, int], ...]:
+        """Where the learnt answers stand in the prompt; none unless each stands there as it would be generated."""
+        places = []
+        for turn in range(len(example.shots) - example.learnt, len(example.shots)):
+            question, answer = example.shots[turn]
+            before = self.prompt_ids(replace(example, prompt=question, shots=example.shots[:turn], learnt=0))
+            whole = before + self.target_ids(answer)
+            if self.encoder_decoder or prompt[: len(whole)] != whole:
+                return ()
+            places.append((len(before), len(whole)))
+        return tuple(places)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, without special tokens, stripped."""

@@ -52,7 +52,7 @@ def losses(base: BaseModel, rows: Sequence[Encoded]) -> tuple[dict[str, Any], ND
     for group in micro_batches(rows, EVALUATION_TOKENS, padded=not base.packs):
         batch = collate(group, base.decoder_start if base.encoder_decoder else None).to(base.device)
         scores, _ = label_scores(base, batch)
-        for row, piece in zip(group, torch.split(scores, [len(row.target) for row in group]), strict=True):
+        for row, piece in zip(group, torch.split(scores, [len(row.labels) for row in group]), strict=True):
             means[row.id] = -float(piece.double().mean())
     values = np.array([means[row.id] for row in rows])
     found = interval(values)

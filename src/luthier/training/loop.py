@@ -116,7 +116,7 @@ def train(
 
 def _accumulate(base: BaseModel, rows: list[Encoded], budget: int) -> tuple[float, int]:
     """Gradients of the mean loss over all targets of the batch, one micro-batch after another."""
-    count = sum(len(row.target) for row in rows)
+    count = sum(len(row.labels) for row in rows)
     total, tokens = 0.0, 0
     for group in micro_batches(rows, budget, padded=not base.packs):
         batch = collate(group, base.decoder_start if base.encoder_decoder else None).to(base.device)
