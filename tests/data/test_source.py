@@ -115,3 +115,30 @@ def test_an_unreadable_kind_names_the_readable_ones(tmp_path: Path) -> None:
     (tmp_path / "r.xml").write_text("<a/>")
     with pytest.raises(UserError, match=r"'.xml'. Readable: .jsonl, .json, .csv, .tsv, .parquet; compressed too"):
         read_rows(Source("r.xml"), tmp_path)
+
+
+def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"text": f"t{n}", "label": n % 2} for n in range(5)]
+    whole = datasets.Dataset.from_list(rows)
+    whole.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": whole, "test": whole.select([1])}).save_to_disk(str(tmp_path / "parts"))
+    assert [row.values for row in read_rows(Source("one"), tmp_path)] == rows
+    found = read_rows(Source("parts", columns={"body": "text"}, split="test"), tmp_path)
+    assert [(row.id, row.values) for row in found] == [("parts[test]:1", {"text": "t1", "label": 1, "body": "t1"})]
+    with pytest.raises(UserError, match="several parts: name one with `split`. Allowed: train, test"):
+        read_rows(Source("parts"), tmp_path)
+    with pytest.raises(UserError, match="no part 'tests'. Did you mean 'test'"):
+        read_rows(Source("parts", split="tests"), tmp_path)
+
+
+def test_a_data_set_of_the_hub_without_a_network(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(UserError, match="hub:nobody/nothing could not be read.*is there a network"):
+        read_rows(Source("hub:nobody/nothing"), tmp_path)
+
+
+def test_a_split_of_a_plain_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(UserError, match="`split: test` is for data sets"):
+        read_rows(Source("rows.jsonl", split="test"), tmp_path)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,19 @@ def test_support_dialogues_keep_their_shape() -> None:
                 assert row["summary"] != row["summary2"]
             count += 1
     assert count >= 150
+
+
+def test_stratified_splits_hold_each_value_in_its_proportion(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": "rare" if n % 10 == 0 else "usual"} for n in range(200)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = Task("{{ text }} ||| {{ label }}", Source("rows.jsonl"), 0.1, 0.2, stratify="label")
+    for seed in range(5):
+        found = load_examples(task, tmp_path, seed)
+        for split, size in (("validation", 20), ("test", 40), ("train", 140)):
+            labels = [example.completion for example in getattr(found, split)]
+            assert len(labels) == size
+            assert labels.count("rare") == size // 10
+    ids = [[example.id for example in load_examples(task, tmp_path, seed).test] for seed in (0, 0, 1)]
+    assert ids[0] == ids[1] != ids[2]
+    with pytest.raises(UserError, match="no column 'labels' .asked for by `stratify`"):
+        load_examples(replace(task, stratify="labels"), tmp_path, 0)

@@ -16,13 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from luthier.data.formats.hub import HUB, read_dataset
 from luthier.data.library import FOLDER
+from luthier.data.rows import Row
 from luthier.errors import UserError
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the rows of one split come from: a file, or a glob whose files are read in order.
+    """Where the rows of one split come from: a file, a glob whose files are read in order, a folder that `datasets`
+    saved, or ``hub:NAME``, a data set of the hub; of these `split` names the part.
 
     `columns` renames: ``{summary: summary1}`` lets a template say `summary` where the file
     says `summary1`. `limit` keeps the first rows only.
@@ -33,18 +36,11 @@ class Source:
     path: str
     columns: dict[str, str] = field(default_factory=dict)
     limit: int | None = None
+    split: str | None = None
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}; it must be at least 1")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One record: its id (``file:line``) and its columns by name."""
-
-    id: str
-    values: dict[str, Any]
 
 
 def read_rows(source: Source, folder: Path) -> list[Row]:
@@ -54,14 +50,26 @@ def read_rows(source: Source, folder: Path) -> list[Row]:
     is not there.
     """
     rows: list[Row] = []
-    for path in _files(source.path, folder):
-        for row in _read(path):
-            rows.append(Row(row.id, _rename(row, source.columns)))
-            if source.limit and len(rows) == source.limit:
-                return rows
+    for row in _all_rows(source, folder):
+        rows.append(Row(row.id, _rename(row, source.columns)))
+        if source.limit and len(rows) == source.limit:
+            return rows
     if not rows:
         raise UserError(f"{locate(source.path, folder)} is empty: it holds no rows.")
     return rows
+
+
+def _all_rows(source: Source, folder: Path) -> Iterator[Row]:
+    place = locate(source.path, folder)
+    if source.path.startswith(HUB) or (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
+        yield from read_dataset(source.path, source.split, folder)
+        return
+    if source.split:
+        raise UserError(
+            f"`split: {source.split}` is for data sets of the hub and folders that `datasets` saved; {place} is neither."
+        )
+    for path in _files(source.path, folder):
+        yield from _read(path)
 
 
 def _files(path: str, folder: Path) -> list[Path]:

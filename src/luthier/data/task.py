@@ -1,6 +1,7 @@
 """Task: rows + template + metrics + splits; and the examples it yields."""
 
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -8,7 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Tag
 
 from luthier.data.formats.chat import Format, read_conversation
-from luthier.data.source import Row, Source, read_rows
+from luthier.data.rows import Row
+from luthier.data.source import Source, read_rows
 from luthier.data.templates import NamedTemplate, resolve_templates
 from luthier.data.worker import RenderWorker
 from luthier.errors import UserError
@@ -38,7 +40,8 @@ class Task:
     `system`. `template` is Jinja text (``prompt ||| completion``), ``promptsource:FOLDER/name``, a path to a templates.yaml, or a
     list of these. With several, each row takes one by seed, or training rows take each (`template_choice: all`).
     A split is a file (`path`, or `{path, columns, limit}`) or, for validation and test, a share
-    (0.1) or a number (50) of the training rows, drawn once with the recipe's seed. `references`
+    (0.1) or a number (50) of the training rows, drawn once with the recipe's seed, each value of the column
+    `stratify` in its proportion. `references`
     names columns of the test rows that hold the human answers; without it the completion is the reference.
     `choices` (a list, or Jinja with ``|||``) makes it a classification: the model's most probable
     choice is its answer. `chain_of_thought` is a second template, with the reasons before the answer, for mixtures
@@ -56,6 +59,7 @@ class Task:
     format: Format | None = None
     choices: str | list[str] | None = None
     chain_of_thought: str | None = None
+    stratify: str | None = None
     template_choice: Literal["seeded", "all"] = "seeded"
     references: list[str] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
@@ -153,6 +157,8 @@ def _split_rows(task: Task, folder: Path, seed: int) -> dict[Split, list[Row]]:
     pool, total = list(rows["train"]), len(rows["train"])
     if shares:
         random.Random(f"split {seed}").shuffle(pool)
+        if task.stratify:
+            pool = _evenly(pool, task.stratify)
     for split, share in shares:
         size = round(share * total) if share < 1 else int(share)
         if share and total and not size:
@@ -169,6 +175,23 @@ def _split_rows(task: Task, folder: Path, seed: int) -> dict[Split, list[Row]]:
                 f"The validation and test splits take all {total} rows of {task.name!r}: no row is left to train on."
             )
     return rows
+
+
+def _evenly(rows: list[Row], column: str) -> list[Row]:
+    """The rows so ordered that every stretch holds each value of the column in its proportion."""
+    for row in rows:
+        if column not in row.values:
+            raise UserError(
+                f"{row.id} has no column {column!r} (asked for by `stratify`). It has: {', '.join(map(str, row.values))}."
+            )
+    counts = Counter(str(row.values[column]) for row in rows)
+    seen: Counter[str] = Counter()
+    places = []
+    for row in rows:
+        value = str(row.values[column])
+        places.append((seen[value] + 0.5) / counts[value])
+        seen[value] += 1
+    return [rows[place] for place in sorted(range(len(rows)), key=lambda place: places[place])]
 
 
 def _render(
