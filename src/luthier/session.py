@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.formats.chat import LOGS, read_conversation
+from luthier.data.formats.flan import FlanTemplate
 from luthier.data.task import Example, Task
 from luthier.data.template import Template
 from luthier.data.templates import resolve_templates
@@ -87,7 +88,7 @@ class Session:
             raise UserError(f"The run {self.directory.path} has no task {name!r}. {nearest(name, tasks)}")
         return tasks[name]
 
-    def _template(self, task: Task) -> Template:
+    def _template(self, task: Task) -> Template | FlanTemplate:
         """The task's template, the first where it has several."""
         assert task.template is not None
         return resolve_templates(task.template, task.choices, Path(self.recipe.data))[0].template

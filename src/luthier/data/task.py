@@ -37,7 +37,7 @@ class Task:
     """What to learn and how to judge it.
 
     `format` reads chat logs instead: every answer of a conversation is learnt, a row's own system prompt goes before
-    `system`. `template` is Jinja text (``prompt ||| completion``), ``promptsource:FOLDER/name``, a path to a templates.yaml, or a
+    `system`. `template` is Jinja text (``prompt ||| completion``), ``promptsource:FOLDER/name``, ``flan:FILE/task``, a path to a templates.yaml, or a
     list of these. With several, each row takes one by seed, or training rows take each (`template_choice: all`).
     A split is a file (`path`, or `{path, columns, limit}`) or, for validation and test, a share
     (0.1) or a number (50) of the training rows, drawn once with the recipe's seed, each value of the column

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from luthier.data.formats.flan import FlanTemplate, find_patterns
 from luthier.data.formats.promptsource import Entry, find_template, read_templates
 from luthier.data.library import template_files
 from luthier.data.template import Template
@@ -12,6 +13,7 @@ from luthier.data.worker import RenderWorker
 from luthier.errors import UserError, nearest
 
 PREFIX = "promptsource:"
+FLAN = "flan:"
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class NamedTemplate:
     """A template and where it comes from: one of a file is rendered in a limited process of its own."""
 
     name: str
-    template: Template
+    template: Template | FlanTemplate
     outside: bool
 
     def render(
@@ -27,6 +29,7 @@ class NamedTemplate:
     ) -> tuple[list[str], tuple[str, ...]]:
         """Parts and answer choices of one row."""
         if self.outside:
+            assert isinstance(self.template, Template)
             parts, choices = worker.parts(self.template, values, where, seed=seed)
             return parts, tuple(choices or ())
         parts = self.template.parts(values, where, seed=seed)
@@ -38,13 +41,15 @@ def resolve_templates(
 ) -> list[NamedTemplate]:
     """The templates that `specs` mean; relative files lie in `folder`.
 
-    A spec is Jinja text, ``promptsource:FOLDER/name`` (a folder with templates.yaml, or a shipped collection) or a
+    A spec is Jinja text, ``flan:FILE/task`` (all pairs of a task in a YAML or JSON file), ``promptsource:FOLDER/name`` (a folder with templates.yaml, or a shipped collection) or a
     path to a templates.yaml, which means all of its templates. Raises UserError for what is not there.
     """
     found: list[NamedTemplate] = []
     for number, spec in enumerate([specs] if isinstance(specs, str) else specs, 1):
         if spec.startswith(PREFIX):
             found.append(_outside(_by_reference(spec.removeprefix(PREFIX), folder)))
+        elif spec.startswith(FLAN):
+            found += _flan(spec.removeprefix(FLAN), choices, folder)
         elif spec.endswith((".yaml", ".yml")) and "\n" not in spec and "{" not in spec:
             found += [_outside(entry) for entry in read_templates(folder / Path(spec).expanduser()).values()]
         else:
@@ -52,6 +57,20 @@ def resolve_templates(
     if not found:
         raise UserError("The task names no template. Write `template: prompt ||| completion`.")
     return found
+
+
+def _flan(reference: str, choices: str | Sequence[str] | None, folder: Path) -> list[NamedTemplate]:
+    file, slash, task = reference.rpartition("/")
+    if not slash or not file.endswith((".yaml", ".yml", ".json")):
+        raise UserError(f"'{FLAN}{reference}' names no pairs. Write {FLAN}FILE.yaml/TASK; FILE lies in `data`.")
+    if isinstance(choices, str):
+        raise UserError(f"'{FLAN}{reference}': FLAN pairs take `choices` as a list, not as Jinja.")
+    fixed = None if choices is None else tuple(map(str, choices))
+    patterns = find_patterns(folder / Path(file).expanduser(), task)
+    return [
+        NamedTemplate(f"{task} {number}", FlanTemplate(pattern, fixed), outside=False)
+        for number, pattern in enumerate(patterns, 1)
+    ]
 
 
 def _outside(entry: Entry) -> NamedTemplate:

@@ -119,6 +119,68 @@ def _wrapped(pattern: Pattern, values: Mapping[str, Any], body: str) -> str:
     return substitute(frame.replace("{{", "{").replace("}}", "}"), {**values, "inputs": body})
 
 
+@dataclass(frozen=True)
+class FlanTemplate:
+    """A pair used as a task's template; ``{options_}`` is written from the answer choices, here or in the row.
+
+    Without choices of the task's, a row's column `options` (a list) has them, as FLAN's fields do.
+    """
+
+    pattern: Pattern
+    fixed: tuple[str, ...] | None = None
+
+    def parts(self, values: Mapping[str, Any], where: str, *, seed: int | None = None) -> list[str]:
+        """Prompt and completion; raises UserError for a place that the row cannot fill."""
+        filled = self._filled(values)
+        for text in (self.pattern.inputs, self.pattern.targets):
+            self._check(text, filled, where)
+        pair = zero_shot(self.pattern, filled)
+        return [pair.inputs.strip(), pair.targets.strip()]
+
+    def choices(self, values: Mapping[str, Any], where: str) -> tuple[str, ...] | None:
+        """The answer choices of a row, None where there are none."""
+        if self.fixed is not None:
+            return self.fixed
+        options = values.get("options")
+        return tuple(map(str, options)) if isinstance(options, (list, tuple)) else None
+
+    def prompt_variables(self) -> set[str]:
+        """Names of the columns that the inputs use."""
+        names = set(_PLACE.findall(self.pattern.inputs))
+        return names - {"options_"} if self.fixed is not None else {"options" if n == "options_" else n for n in names}
+
+    def render_prompt(self, values: Mapping[str, Any], where: str) -> str:
+        """The inputs alone: a new text has no target yet."""
+        filled = self._filled(values)
+        self._check(self.pattern.inputs, filled, where)
+        return substitute(self.pattern.inputs, filled).strip()
+
+    def _filled(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        choices = self.choices(values, "")
+        return {**values, "options_": options_field(choices)} if choices and "options_" not in values else dict(values)
+
+    def _check(self, text: str, values: Mapping[str, Any], where: str) -> None:
+        for name in _PLACE.findall(text):
+            if name == "options_" and name not in values:
+                raise UserError(
+                    f"{where}: the pair uses {{options_}}: give the task `choices`, or its rows a list `options`."
+                )
+            if name not in values:
+                columns = [str(column) for column in values if column != "options_"]
+                raise UserError(
+                    f"{where}: no column {name!r}, which the pair uses. {nearest(name, columns)} "
+                    f"The row has: {', '.join(columns)}."
+                )
+
+
+def find_patterns(path: Path, task: str) -> list[Pattern]:
+    """A task's pairs of a file; an unknown one is a UserError with the nearest."""
+    found = read_patterns(path)
+    if task not in found:
+        raise UserError(f"{path} has no pairs for a task {task!r}. {nearest(task, found)}")
+    return found[task]
+
+
 def read_patterns(path: Path) -> dict[str, list[Pattern]]:
     """Template pairs by task from a YAML or JSON file: {task: [{inputs, targets, ...}]}.
 
