@@ -14,7 +14,7 @@ def answer(report: Report) -> str:
     within = [name for name in tuned if name == best or not _worse(report, name, best)]
     if best in prompting:
         return f"Prompting is enough on this evidence: {best} reaches {figure(report, best)} and no tuning beats it."
-    chosen = min(within, key=lambda name: report.tunings[name].trainable_parameters)
+    chosen = min(within, key=lambda name: (report.tunings[name].trainable_parameters, -value(report, name)))
     beaten = [name for name in prompting if _better(report, chosen, name)]
     text = f"{chosen} is the smallest tuning within noise of the best, at {figure(report, chosen)}"
     text += f" for {report.tunings[chosen].trainable_share:.2%} of the weights"

@@ -39,16 +39,15 @@ def _scores(report: Report) -> Table:
 
 
 def _tasks(report: Report) -> Table:
-    table = Table(title="each task: test score x100 with 95 % interval; * trained on it", title_justify="left")
+    table = Table(title="each task: test score x100 (intervals in the page); * trained on it", title_justify="left")
     table.add_column("task")
     for name in report.tunings:
         table.add_column(name, justify="right")
     for task in report.tasks:
         cells = []
         for tuning in report.tunings.values():
-            score = main_score(tuning, task)
             mark = "*" if task in {row.task for row in tuning.mixture} else ""
-            cells.append(f"{score.value * 100:.1f}{mark} \\[{score.low * 100:.0f}, {score.high * 100:.0f}]")
+            cells.append(f"{main_score(tuning, task).value * 100:.1f}{mark}")
         metric = list(next(iter(report.tunings.values())).scores[task])[-1]
         table.add_row(f"{task} ({short(metric)})", *cells)
     return table
