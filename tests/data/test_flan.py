@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from luthier.data.formats.flan import find_templates
 from luthier.data.source import Source
 from luthier.data.task import Task, load_examples
 from luthier.errors import UserError
@@ -55,3 +56,26 @@ def test_a_place_that_no_column_fills_is_named(folder: Path) -> None:
     (folder / "rows.jsonl").write_text('{"premises": "p", "answer": "yes"}\n')
     with pytest.raises(UserError, match="rows.jsonl:1: the pair uses {options_}|no column 'premise'.*'premises'"):
         load(folder, template_choice="all")
+
+
+def test_fields_are_made_from_raw_rows(folder: Path) -> None:
+    fields = {
+        "replace": {"text": [["<.*>", " "]]},
+        "labels": {"answer": {"label": ["no", "yes"]}},
+        "add": {"options": ["no", "yes"]},
+    }
+    pairs = [["{text}? {options_}", "{answer}"]]
+    (folder / "pairs.yaml").write_text(yaml.safe_dump({"raw": {"fields": fields, "pairs": pairs}}))
+    (folder / "rows.jsonl").write_text('{"text": "a<b>c", "label": 1}\n')
+    found = load(folder, template="flan:pairs.yaml/raw")
+    assert (found[0].prompt, found[0].completion) == ("a c? OPTIONS:\n- no\n- yes", "yes")
+    assert found[0].choices == ("no", "yes")
+    [template] = find_templates(folder / "pairs.yaml", "raw", None)
+    assert template.render_prompt({"text": "a<b>c"}, "text 1") == found[0].prompt
+    (folder / "rows.jsonl").write_text('{"text": "a", "label": 2}\n')
+    with pytest.raises(UserError, match="rows.jsonl:1: label is 2; `fields` has labels for 0 to 1"):
+        load(folder, template="flan:pairs.yaml/raw")
+    fields["rewrite"] = {}
+    (folder / "pairs.yaml").write_text(yaml.safe_dump({"raw": {"fields": fields, "pairs": pairs}}))
+    with pytest.raises(UserError, match="raw: `fields` has replace, labels and add"):
+        load(folder, template="flan:pairs.yaml/raw")

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from luthier.data.formats.flan import Pattern, few_shot, keep_exemplars, natural_instructions, zero_shot
+from luthier.data.formats.flan import (
+    Fields,
+    FlanTemplate,
+    Pattern,
+    few_shot,
+    keep_exemplars,
+    natural_instructions,
+    zero_shot,
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +80,20 @@ def test_exemplars_that_do_not_fit_are_dropped(cases: list[dict]) -> None:
         kept = keep_exemplars(sizes, case["query_input_tokens"], case["max_input_length"])
         assert kept == case["expected_kept"], case
         assert (not kept) == case["example_dropped_if_none_kept"], case
+
+
+SAMSUM = Fields(replace={"dialogue": [["\r\n", "\n"], ["<.*>", " "]]})
+RTE = Fields(
+    labels={"answer": {"label": ["yes", "no"]}, "glm_answer": {"label": ["true", "false"]}},
+    add={"options": ["yes", "no"], "glm_options": ["true", "false"]},
+)
+
+
+def test_fields_of_raw_rows(cases: list[dict]) -> None:
+    for case in kinds(cases, "fields"):
+        made = {"samsum": SAMSUM, "rte": RTE}[case["task"]]
+        template = FlanTemplate(Pattern("{options_}", ""), fields=made)
+        found = made.of(case["raw_row"], "row")
+        if "options_" in case["expected_fields"]:
+            found["options_"] = template.parts(case["raw_row"], "row")[0]
+        assert {key: found[key] for key in case["expected_fields"]} == case["expected_fields"], case

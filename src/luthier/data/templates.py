@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.data.formats.flan import FlanTemplate, find_patterns
+from luthier.data.formats.flan import FlanTemplate, find_templates
 from luthier.data.formats.promptsource import Entry, find_template, read_templates
 from luthier.data.library import template_files
 from luthier.data.template import Template
@@ -66,11 +66,8 @@ def _flan(reference: str, choices: str | Sequence[str] | None, folder: Path) -> 
     if isinstance(choices, str):
         raise UserError(f"'{FLAN}{reference}': FLAN pairs take `choices` as a list, not as Jinja.")
     fixed = None if choices is None else tuple(map(str, choices))
-    patterns = find_patterns(folder / Path(file).expanduser(), task)
-    return [
-        NamedTemplate(f"{task} {number}", FlanTemplate(pattern, fixed), outside=False)
-        for number, pattern in enumerate(patterns, 1)
-    ]
+    found = find_templates(folder / Path(file).expanduser(), task, fixed)
+    return [NamedTemplate(f"{task} {number}", template, outside=False) for number, template in enumerate(found, 1)]
 
 
 def _outside(entry: Entry) -> NamedTemplate:

@@ -8,7 +8,7 @@ example_separator; last the question, up to where its target would begin.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,45 @@ def _wrapped(pattern: Pattern, values: Mapping[str, Any], body: str) -> str:
 
 
 @dataclass(frozen=True)
+class Fields:
+    """How a raw row becomes FLAN's fields, in this order: `replace` rewrites columns, `labels` names an index, `add` is constant.
+
+    replace: ``{dialogue: [["<.*>", " "]]}``, regular expressions; labels: ``{answer: {label: ["yes", "no"]}}``, the
+    new field from the column's index; add: ``{options: ["yes", "no"]}``.
+    """
+
+    replace: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
+    labels: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    add: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The row with its fields; raises UserError for a column that is not there and an index outside its labels."""
+        found = {**row, **self.add}
+        for column in [*self.replace, *(column for named in self.labels.values() for column in named)]:
+            if column not in row:
+                raise UserError(
+                    f"{where}: no column {column!r}, which `fields` uses. The row has: {', '.join(map(str, row))}."
+                )
+        found = self.rewritten(found)
+        for name, named in self.labels.items():
+            for column, labels in named.items():
+                if not isinstance(row[column], int) or not 0 <= row[column] < len(labels):
+                    raise UserError(
+                        f"{where}: {column} is {row[column]!r}; `fields` has labels for 0 to {len(labels) - 1}."
+                    )
+                found[name] = labels[row[column]]
+        return found
+
+    def rewritten(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row with the rewrites of the columns it has: a new text has no label."""
+        found = dict(row)
+        for column in self.replace.keys() & row.keys():
+            for old, new in self.replace[column]:
+                found[column] = re.sub(old, new, str(found[column]))
+        return found
+
+
+@dataclass(frozen=True)
 class FlanTemplate:
     """A pair used as a task's template; ``{options_}`` is written from the answer choices, here or in the row.
 
@@ -128,10 +167,11 @@ class FlanTemplate:
 
     pattern: Pattern
     fixed: tuple[str, ...] | None = None
+    fields: Fields = Fields()
 
     def parts(self, values: Mapping[str, Any], where: str, *, seed: int | None = None) -> list[str]:
         """Prompt and completion; raises UserError for a place that the row cannot fill."""
-        filled = self._filled(values)
+        filled = self._filled(self.fields.of(values, where))
         for text in (self.pattern.inputs, self.pattern.targets):
             self._check(text, filled, where)
         pair = zero_shot(self.pattern, filled)
@@ -141,7 +181,7 @@ class FlanTemplate:
         """The answer choices of a row, None where there are none."""
         if self.fixed is not None:
             return self.fixed
-        options = values.get("options")
+        options = values.get("options", self.fields.add.get("options"))
         return tuple(map(str, options)) if isinstance(options, (list, tuple)) else None
 
     def prompt_variables(self) -> set[str]:
@@ -151,7 +191,7 @@ class FlanTemplate:
 
     def render_prompt(self, values: Mapping[str, Any], where: str) -> str:
         """The inputs alone: a new text has no target yet."""
-        filled = self._filled(values)
+        filled = self._filled(self.fields.rewritten(values))
         self._check(self.pattern.inputs, filled, where)
         return substitute(self.pattern.inputs, filled).strip()
 
@@ -173,29 +213,46 @@ class FlanTemplate:
                 )
 
 
-def find_patterns(path: Path, task: str) -> list[Pattern]:
-    """A task's pairs of a file; an unknown one is a UserError with the nearest."""
-    found = read_patterns(path)
-    if task not in found:
-        raise UserError(f"{path} has no pairs for a task {task!r}. {nearest(task, found)}")
-    return found[task]
+def find_templates(path: Path, task: str, choices: tuple[str, ...] | None) -> list[FlanTemplate]:
+    """A task's pairs of a file; an unknown task is a UserError with the nearest."""
+    content = _content(path)
+    if task not in content:
+        raise UserError(f"{path} has no pairs for a task {task!r}. {nearest(task, content)}")
+    given = content[task].get("fields", {}) if isinstance(content[task], dict) else {}
+    try:
+        made = Fields(**given)
+        for rewrites in made.replace.values():
+            for old, _ in rewrites:
+                re.compile(old)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(f"{path}: {task}: `fields` has replace, labels and add: {error}.") from None
+    patterns = read_patterns(path)[task]
+    return [FlanTemplate(pattern, choices, made) for pattern in patterns]
 
 
 def read_patterns(path: Path) -> dict[str, list[Pattern]]:
-    """Template pairs by task from a YAML or JSON file: {task: [{inputs, targets, ...}]}.
+    """Template pairs by task from a YAML or JSON file: {task: [{inputs, targets, ...}]}, or {task: {fields, pairs}}.
 
     Raises UserError for a file that is none and for an unknown key.
     """
+    found = {}
+    for task, pairs in _content(path).items():
+        listed = pairs["pairs"] if isinstance(pairs, dict) else pairs
+        found[task] = [_pattern(pair, f"{path}: {task}, pair {number}") for number, pair in enumerate(listed, 1)]
+    return found
+
+
+def _content(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} could not be read: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(content, dict) or not all(isinstance(pairs, list) for pairs in content.values()):
-        raise UserError(f"{path} is no FLAN file: a mapping of task names to lists of template pairs.")
-    return {
-        str(task): [_pattern(pair, f"{path}: {task}, pair {number}") for number, pair in enumerate(pairs, 1)]
-        for task, pairs in content.items()
-    }
+    sound = lambda pairs: isinstance(pairs.get("pairs") if isinstance(pairs, dict) else pairs, list)  # noqa: E731
+    if not isinstance(content, dict) or not all(sound(pairs) for pairs in content.values()):
+        raise UserError(
+            f"{path} is no FLAN file: task names, each with a list of template pairs, or with `fields` and `pairs`."
+        )
+    return {str(task): pairs for task, pairs in content.items()}
 
 
 def _pattern(pair: Any, where: str) -> Pattern:
