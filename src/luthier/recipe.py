@@ -9,17 +9,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer, model_validator
 
 from luthier.data.library import task_files
-from luthier.data.mixture import Member, Mixture, TaskOrMixture, flan2022
+from luthier.data.mixture import Member, Mixture, TaskOrMixture
 from luthier.data.task import Task
 from luthier.encoding.encoder import Encoder
 from luthier.errors import UserError, nearest
 from luthier.metrics import metric
 from luthier.models.load import BaseSpec
+from luthier.shorthand import RETENTION, expand
 from luthier.training.settings import TrainingSettings
 from luthier.tuning import METHODS, FewShot, Full, LoRA, PromptTuning, ZeroShot
 
 AnyMethod = Annotated[ZeroShot | FewShot | Full | LoRA | PromptTuning, Field(discriminator="method")]
-RETENTION = ["topics", "knowledge", "instructions"]
 
 
 class Tuning(BaseModel):
@@ -106,10 +106,10 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
 def make_recipe(content: Mapping[str, Any], changes: Sequence[str] = (), where: str = "recipe") -> Recipe:
     """Build a recipe from a mapping as YAML gives it; `where` names it in errors."""
-    whole = _expand(dict(content), where)
+    whole = expand(dict(content), where)
     for change in changes:
         _set(whole, change)
-    whole = _expand(whole, where)
+    whole = expand(whole, where)
     shared = whole.get("training") or {}
     if isinstance(whole.get("tunings"), dict) and isinstance(shared, dict):
         whole["tunings"] = {name: _nested(given, shared) for name, given in whole["tunings"].items()}
@@ -163,69 +163,6 @@ def recipe_schema() -> dict[str, Any]:
     for split in ("validation", "test"):
         definitions["Task"]["properties"][split] = {"anyOf": [*file["anyOf"], {"type": "number"}], "default": 0.1}
     return schema
-
-
-def _expand(whole: dict[str, Any], where: str) -> dict[str, Any]:
-    """Write shorthands out: a base by name, a task by name, a list of methods, a file by its path."""
-    if isinstance(whole.get("base"), str):
-        whole["base"] = {"model": whole["base"]}
-    folder = Path(str(whole.get("data", ".")))
-    if "task" in whole:
-        whole["task"] = _task(whole["task"], folder, where)
-    retention = whole.get("retention", RETENTION)
-    if isinstance(retention, list):
-        whole["retention"] = [_task(one, folder, where) for one in retention]
-    tunings = whole.get("tunings")
-    if isinstance(tunings, list):
-        tunings = {str(name): {} for name in tunings}
-    if isinstance(tunings, dict):
-        whole["tunings"] = {
-            name: {"method": name, **(given or {})} if given is None or isinstance(given, dict) else given
-            for name, given in tunings.items()
-        }
-    return whole
-
-
-def _task(given: Any, folder: Path, where: str) -> Any:
-    if isinstance(given, str):
-        files = task_files()
-        path = files.get(given) or (folder / given if given.endswith((".yaml", ".yml")) else None)
-        if path is None:
-            raise UserError(f"{where}: unknown task {given!r}. {nearest(given, files)} Or define it in the recipe.")
-        try:
-            given = {"name": given, **yaml.safe_load(path.read_text(encoding="utf-8"))}
-        except (OSError, yaml.YAMLError, TypeError) as error:
-            raise UserError(f"{where}: the task file {path} could not be read: {error}.") from None
-    if isinstance(given, dict) and "preset" in given:
-        given = _preset(given, where)
-    if isinstance(given, dict) and isinstance(given.get("tasks"), list):
-        return {**given, "tasks": [_member(one, folder, where) for one in given["tasks"]]}
-    if isinstance(given, dict):
-        for split in ("train", "validation", "test"):
-            if isinstance(given.get(split), str):
-                given = {**given, split: {"path": given[split]}}
-    return given
-
-
-def _member(given: Any, folder: Path, where: str) -> Any:
-    """A member of a mixture: a task, or one with its rate and forms (`task`, `rate`, `forms`, `shots`)."""
-    if isinstance(given, dict) and "task" in given:
-        return {**given, "task": _task(given["task"], folder, where)}
-    return {"task": _task(given, folder, where)}
-
-
-def _preset(given: dict[str, Any], where: str) -> dict[str, Any]:
-    if given["preset"] != "flan2022":
-        raise UserError(
-            f"{where}: unknown mixture preset {given['preset']!r}. {nearest(str(given['preset']), ['flan2022'])}"
-        )
-    sources = given.get("sources")
-    if not isinstance(sources, dict) or not all(isinstance(tasks, list) and tasks for tasks in sources.values()):
-        raise UserError(
-            f"{where}: the preset flan2022 needs `sources`: a list of tasks for muffin, t0, niv2, cot or dialog."
-        )
-    rest = {key: value for key, value in given.items() if key not in ("preset", "sources")}
-    return {**rest, "tasks": flan2022(sources)}
 
 
 def _set(whole: dict[str, Any], change: str) -> None:

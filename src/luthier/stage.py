@@ -14,14 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from luthier.data.forms import in_form
-from luthier.data.mixture import Mixture, entries, epoch_size
+from luthier.data.mixture import Mixture
 from luthier.data.shots import choose_shots, with_shots
 from luthier.data.task import Example, Examples, Task, load_examples
 from luthier.directory import BASELINE, RunDirectory
 from luthier.encoding.batches import encode_all
 from luthier.encoding.encoder import Encoded, Encoder
-from luthier.encoding.order import Mixed, Shuffled, Stream, step_places
 from luthier.errors import Interrupted, UserError
 from luthier.evaluation.score import answer, loss_and_accuracy, losses, mean_of_tasks, measure
 from luthier.models.base import BaseModel
@@ -30,6 +28,7 @@ from luthier.progress import Progress
 from luthier.recipe import Recipe
 from luthier.training.log import log_hooks
 from luthier.training.loop import Validation, train
+from luthier.training_rows import training_rows
 from luthier.tuning import Method, Prompting, attach, parameters
 from luthier.tuning.files import load_tuning, pack
 
@@ -115,7 +114,7 @@ def _shown(stage: Stage, task: Task, examples: Examples, asked: int) -> Examples
 
 def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
     """Train a tuning (or take up one that was trained before a stop), save it and score it."""
-    base, recipe, directory = stage.base, stage.recipe, stage.directory
+    base, recipe, directory, encoder = stage.base, stage.recipe, stage.directory, stage.encoder
     reserve = method.virtual_tokens()
     for task, examples in stage.tasks:
         if not examples.train:
@@ -124,7 +123,8 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
     trained = directory.result(f"{name}.trained")
     if trained is None:
         attach(base, name, method, recipe.seed)
-        rows, describe = _stream(stage, recipe.tunings[name].tasks, reserve)
+        encode = lambda examples, what: _encode(stage, examples, reserve, what)  # noqa: E731
+        rows, describe = training_rows(recipe, recipe.tunings[name].tasks, stage.tasks, encoder, reserve, encode)
         settings = recipe.tunings[name].training
         stage.progress.begin("training", settings.steps(len(rows)))
         with log_hooks(directory.log(name), directory.path / "tensorboard" / name) as hooks:
@@ -168,49 +168,6 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
 def _held_out(stage: Stage, names: Sequence[str] | None = None) -> list[Example]:
     """The validation examples of these tasks, by default all."""
     return [one for task, examples in stage.tasks if not names or task.name in names for one in examples.validation]
-
-
-def _stream(
-    stage: Stage, names: Sequence[str] | None, reserve: int
-) -> tuple[Stream, Callable[[int, int], dict[str, Any]]]:
-    """The training rows in their order, and what to report of them after so many steps of that batch size."""
-    mixture, seed = stage.recipe.task, stage.recipe.seed
-    examples = {task.name: each for task, each in stage.tasks}
-    if isinstance(mixture, Task):
-        rows = _encode(stage, examples[mixture.name].train, reserve, "training")
-        return Shuffled(rows, seed), lambda batch, steps: {"cut": sum(bool(row.cut) for row in rows), "mixture": []}
-    chosen = mixture.only(names) if names else mixture
-    count = lambda task: len(examples[task.name].train)  # noqa: E731
-    flat = entries(chosen, count)
-    budget = stage.encoder.max_length - reserve
-    each = []
-    for entry in flat:
-        train_rows = examples[entry.task.name].train
-        shown = in_form(entry, train_rows, Path(stage.recipe.data), seed, budget, stage.encoder.count)
-        each.append(_encode(stage, shown, reserve, f"training ({entry.task.name}, {entry.form})"))
-    stream = Mixed(each, [entry.rate for entry in flat], epoch_size(chosen, count), seed)
-
-    def describe(batch: int, steps: int) -> dict[str, Any]:
-        drawn = step_places(stream, batch, steps - 1).stop if steps else 0
-        tokens = [0] * len(flat)
-        for k in range(drawn):
-            place, row = stream.draws.at(k)
-            tokens[place] += len(each[place][row])
-        table = [
-            {
-                "task": entry.task.name,
-                "form": entry.form,
-                "asked": entry.rate,
-                "got": got / max(1, drawn),
-                "rows": len(rows),
-                "epochs": got / len(rows),
-                "tokens": of,
-            }
-            for entry, rows, got, of in zip(flat, each, stream.draws.counts(drawn), tokens, strict=True)
-        ]
-        return {"cut": sum(bool(row.cut) for rows in each for row in rows), "mixture": table}
-
-    return stream, describe
 
 
 def _validate(stage: Stage, rows: list[Encoded], reserve: int) -> Validation:
