@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from luthier.data.audit import Finding, audit_text, errors
-from luthier.data.task import Examples, load_examples
+from luthier.data.load import load_examples
+from luthier.data.task import Examples
 from luthier.encoding.audit import audit_tokens
 from luthier.errors import UserError
 from luthier.models.base import DEFAULT_CONTEXT

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.audit_rows import audit, stop_on_errors
-from luthier.data.task import load_examples
+from luthier.data.load import load_examples
 from luthier.directory import BASELINE, RunDirectory
 from luthier.errors import Interrupted, UserError
 from luthier.files import write_json, write_whole

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from luthier.data.task import load_examples
+from luthier.data.load import load_examples
+from luthier.data.task import Example
 from luthier.errors import UserError
 from luthier.models.base import DEFAULT_CONTEXT
 from luthier.models.load import context_length, read_tokenizer
@@ -29,7 +30,7 @@ def preview(recipe: Recipe, rows: int = 3) -> list[PreviewRow]:
     """
     tokenizer, config = read_tokenizer(recipe.base)
     encoder = recipe.encoder(tokenizer, config.is_encoder_decoder, context_length(config, DEFAULT_CONTEXT))
-    examples = []
+    examples: list[Example] = []
     for task in recipe.tasks:
         examples += load_examples(task, Path(recipe.data), recipe.seed).train[:rows]
     if not examples:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from luthier.data.load import load_examples
 from luthier.data.mixture import Mixture
 from luthier.data.shots import choose_shots, with_shots
-from luthier.data.task import Example, Examples, Task, load_examples
+from luthier.data.task import Example, Examples, Task
 from luthier.directory import BASELINE, RunDirectory
 from luthier.encoding.batches import encode_all
 from luthier.encoding.encoder import Encoded, Encoder
@@ -123,8 +124,9 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
     trained = directory.result(f"{name}.trained")
     if trained is None:
         attach(base, name, method, recipe.seed)
-        encode = lambda examples, what: _encode(stage, examples, reserve, what)  # noqa: E731
-        rows, describe = training_rows(recipe, recipe.tunings[name].tasks, stage.tasks, encoder, reserve, encode)
+        rows, describe = training_rows(
+            recipe, recipe.tunings[name].tasks, stage.tasks, encoder, reserve, stage.progress.say
+        )
         settings = recipe.tunings[name].training
         stage.progress.begin("training", settings.steps(len(rows)))
         with log_hooks(directory.log(name), directory.path / "tensorboard" / name) as hooks:

@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier.data.forms import in_form
+from luthier.data.forms import InForm, in_form
 from luthier.data.mixture import entries, epoch_size
-from luthier.data.task import Example, Examples, Task
-from luthier.encoding.encoder import Encoded, Encoder
+from luthier.data.stored import StoredExamples
+from luthier.data.task import Examples, Task
+from luthier.encoding.encoder import Encoder
 from luthier.encoding.order import Mixed, Shuffled, Stream, step_places
+from luthier.encoding.stored import StoredRows, stored_rows
 from luthier.recipe import Recipe
 
 
@@ -18,35 +20,41 @@ def training_rows(
     tasks: Sequence[tuple[Task, Examples]],
     encoder: Encoder,
     reserve: int,
-    encode: Callable[[Sequence[Example], str], list[Encoded]],
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Stream, Callable[[int, int], dict[str, Any]]]:
     """The rows in their order, and what to report of them after so many steps of that batch size.
 
-    `names` chooses among a mixture's tasks; `reserve` tokens are kept free in every row; `encode` encodes examples,
-    told what they are.
+    `names` chooses among a mixture's tasks; `reserve` tokens are kept free in every row. Rows are encoded once and
+    kept on disk. `say` is told of prompts that had to be cut.
     """
     mixture, seed = recipe.task, recipe.seed
     examples = {task.name: each for task, each in tasks}
+
+    def encode(shown: StoredExamples | InForm, what: str) -> StoredRows:
+        rows = stored_rows(encoder, shown, shown.key, reserve)
+        if rows.cut_rows:
+            say(
+                f"{len(rows.cut_rows)} of {len(rows)} {what} prompts lost their middle to fit {encoder.max_length} "
+                f"tokens: {', '.join(rows.cut_rows[:3])}{' ...' if len(rows.cut_rows) > 3 else ''}"
+            )
+        return rows
+
     if isinstance(mixture, Task):
-        rows = encode(examples[mixture.name].train, "training")
-        return Shuffled(rows, seed), lambda batch, steps: {"cut": sum(bool(row.cut) for row in rows), "mixture": []}
+        rows = encode(_stored(examples[mixture.name]), "training")
+        return Shuffled(rows, seed), lambda batch, steps: {"cut": len(rows.cut_rows), "mixture": []}
     chosen = mixture.only(names) if names else mixture
     count = lambda task: len(examples[task.name].train)  # noqa: E731
     flat = entries(chosen, count)
     budget = encoder.max_length - reserve
     each = []
     for entry in flat:
-        train_rows = examples[entry.task.name].train
-        shown = in_form(entry, train_rows, Path(recipe.data), seed, budget, encoder.count)
+        shown = in_form(entry, _stored(examples[entry.task.name]), Path(recipe.data), seed, budget, encoder.count)
         each.append(encode(shown, f"training ({entry.task.name}, {entry.form})"))
     stream = Mixed(each, [entry.rate for entry in flat], epoch_size(chosen, count), seed)
 
     def describe(batch: int, steps: int) -> dict[str, Any]:
         drawn = step_places(stream, batch, steps - 1).stop if steps else 0
-        tokens = [0] * len(flat)
-        for k in range(drawn):
-            place, row = stream.draws.at(k)
-            tokens[place] += len(each[place][row])
+        counts = stream.draws.counts(drawn)
         table = [
             {
                 "task": entry.task.name,
@@ -55,10 +63,23 @@ def training_rows(
                 "got": got / max(1, drawn),
                 "rows": len(rows),
                 "epochs": got / len(rows),
-                "tokens": of,
+                "tokens": _tokens(stream, place, rows, got),
             }
-            for entry, rows, got, of in zip(flat, each, stream.draws.counts(drawn), tokens, strict=True)
+            for place, (entry, rows, got) in enumerate(zip(flat, each, counts, strict=True))
         ]
-        return {"cut": sum(bool(row.cut) for rows in each for row in rows), "mixture": table}
+        return {"cut": sum(len(rows.cut_rows) for rows in each), "mixture": table}
 
     return stream, describe
+
+
+def _stored(examples: Examples) -> StoredExamples:
+    assert isinstance(examples.train, StoredExamples)
+    return examples.train
+
+
+def _tokens(stream: Mixed, entry: int, rows: StoredRows, got: int) -> int:
+    """Tokens of an entry's first `got` rows: whole turns over its rows at once, the last turn row by row."""
+    lengths = rows.lengths()
+    turns, rest = divmod(got, len(rows))
+    last = [stream.draws.row(entry, turns * len(rows) + place) for place in range(rest)]
+    return int(turns * lengths.sum() + lengths[last].sum())

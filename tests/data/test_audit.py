@@ -11,7 +11,8 @@ from tests import tiny
 from luthier.audit_rows import audit, stop_on_errors
 from luthier.data.audit import audit_text
 from luthier.data.library import task_files
-from luthier.data.task import Example, Examples, load_examples
+from luthier.data.load import load_examples
+from luthier.data.task import Example, Examples
 from luthier.encoding.audit import audit_tokens
 from luthier.encoding.encoder import Encoder
 from luthier.errors import UserError

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from luthier.data.formats.flan import find_templates
+from luthier.data.load import load_examples
 from luthier.data.source import Source
-from luthier.data.task import Task, load_examples
+from luthier.data.task import Task
 from luthier.errors import UserError
 
 PAIRS = {"nli": [["{premise}\n\n{options_}", "{answer}"], {"inputs": "So: {premise}?", "targets": "{answer}"}]}

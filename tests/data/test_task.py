@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from luthier.data.library import task_files
+from luthier.data.load import load_examples
 from luthier.data.shots import choose_shots, with_shots
 from luthier.data.source import Source
-from luthier.data.task import Example, Task, load_examples
+from luthier.data.task import Example, Task
 from luthier.errors import UserError
 
 

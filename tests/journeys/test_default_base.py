@@ -84,8 +84,9 @@ def test_preview_marks_exactly_the_trained_tokens() -> None:
 
 def test_the_gguf_file_itself_is_a_base() -> None:
     """Named by its file, the embedded base has the same weights and tokenizer."""
+    from luthier.cached import cache_folder
     from luthier.models.base import BaseModel
-    from luthier.models.embedded import EMBEDDED, cache_folder
+    from luthier.models.embedded import EMBEDDED
     from luthier.models.load import BaseSpec
 
     file = cache_folder() / "downloads" / Path(EMBEDDED["smollm2-135m-instruct"].member).name

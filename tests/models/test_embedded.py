@@ -7,9 +7,10 @@ from subprocess import CompletedProcess
 
 import pytest
 
+from luthier.cached import cache_folder
 from luthier.errors import UserError
 from luthier.models import embedded
-from luthier.models.embedded import Embedded, cache_folder
+from luthier.models.embedded import Embedded
 
 CONTENT = b"GGUF pretend weights" * 1000
 

@@ -171,8 +171,12 @@ class Draws:
     def at(self, k: int) -> tuple[int, int]:
         """The entry and the row of draw `k` (from 0)."""
         entry, occurrence = self.occurrence(k)
+        return entry, self.row(entry, occurrence)
+
+    def row(self, entry: int, occurrence: int) -> int:
+        """The row of an entry that is drawn after so many others of it."""
         turn, place = divmod(occurrence, self.rows[entry])
-        return entry, scattered(place, self.rows[entry], f"{self.seed} {entry} {turn}")
+        return scattered(place, self.rows[entry], f"{self.seed} {entry} {turn}")
 
     def occurrence(self, k: int) -> tuple[int, int]:
         """The entry of draw `k`, and how many times it was drawn before."""

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from luthier.data.formats.hub import HUB, read_dataset
+from luthier.cached import file_digest
+from luthier.data.formats.hub import HUB, dataset_fingerprint, read_dataset
 from luthier.data.library import FOLDER
 from luthier.data.rows import Row
 from luthier.errors import UserError
@@ -49,19 +50,38 @@ def read_rows(source: Source, folder: Path) -> list[Row]:
     Raises UserError for a missing, empty or broken file (with the line) and for a column that
     is not there.
     """
-    rows: list[Row] = []
-    for row in _all_rows(source, folder):
-        rows.append(Row(row.id, _rename(row, source.columns)))
-        if source.limit and len(rows) == source.limit:
-            return rows
-    if not rows:
+    return list(iterate_rows(source, folder))
+
+
+def iterate_rows(source: Source, folder: Path) -> Iterator[Row]:
+    """The same rows, read as they are asked for."""
+    number = 0
+    for number, row in enumerate(_all_rows(source, folder), 1):
+        yield Row(row.id, _rename(row, source.columns))
+        if number == source.limit:
+            return
+    if not number:
         raise UserError(f"{locate(source.path, folder)} is empty: it holds no rows.")
-    return rows
+
+
+def source_digest(source: Source, folder: Path) -> list[Any]:
+    """All that decides what rows a source holds: names, contents and settings. Raises UserError as `read_rows` does."""
+    settings = [source.columns, source.limit, source.split]
+    if source.path.startswith(HUB):
+        return [source.path, dataset_fingerprint(source.path, source.split, folder), *settings]
+    place = locate(source.path, folder)
+    if _saved_by_datasets(place):
+        files = sorted(path for path in place.rglob("*") if path.is_file())
+        return [place.name, [[str(path.relative_to(place)), file_digest(path)] for path in files], *settings]
+    try:
+        return [[[path.name, file_digest(path)] for path in _files(source.path, folder)], *settings]
+    except OSError as error:
+        raise UserError(f"{place} could not be read: {error}.") from None
 
 
 def _all_rows(source: Source, folder: Path) -> Iterator[Row]:
     place = locate(source.path, folder)
-    if source.path.startswith(HUB) or (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
+    if source.path.startswith(HUB) or _saved_by_datasets(place):
         yield from read_dataset(source.path, source.split, folder)
         return
     if source.split:
@@ -70,6 +90,10 @@ def _all_rows(source: Source, folder: Path) -> Iterator[Row]:
         )
     for path in _files(source.path, folder):
         yield from _read(path)
+
+
+def _saved_by_datasets(place: Path) -> bool:
+    return (place / "state.json").is_file() or (place / "dataset_dict.json").is_file()
 
 
 def _files(path: str, folder: Path) -> list[Path]:

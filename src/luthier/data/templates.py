@@ -1,7 +1,7 @@
 """Which templates a task names: Jinja text of its own, or templates of a promptsource file or collection."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,13 @@ class NamedTemplate:
     name: str
     template: Template | FlanTemplate
     outside: bool
+
+    def identity(self) -> list[Any]:
+        """All that decides what it renders, as JSON can say it."""
+        one = self.template
+        if isinstance(one, Template):
+            return [self.name, one.text, one.choice_text, one.strict, self.outside]
+        return [self.name, asdict(one)]
 
     def render(
         self, values: Mapping[str, Any], where: str, seed: int, worker: RenderWorker

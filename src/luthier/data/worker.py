@@ -35,6 +35,10 @@ class RenderWorker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the child; another begins when it is needed."""
         self._stop()
 
     def parts(

@@ -5,12 +5,16 @@ it, then one end token. So no token straddles the two, the loss covers completio
 nothing else, and a tuned model sees the prompt ids it was trained on.
 """
 
+import hashlib
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from datetime import date
+from functools import cached_property
 from typing import Any
 
 from luthier.data.task import Example
+from luthier.encoding.words import reader
 from luthier.errors import UserError
 
 # A cut prompt keeps at least this many tokens, or the row is refused: less is no prompt.
@@ -46,6 +50,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, *, encoder_decoder: bool, chat: bool, max_length: int):
         self.tokenizer = tokenizer
+        self._read = reader(tokenizer)
         self.encoder_decoder = encoder_decoder
         self.chat = chat and not encoder_decoder
         self.max_length = max_length
@@ -57,11 +62,38 @@ class Encoder:
         # Tokens the tokenizer puts around every plain text (a start token; T5's end token).
         self._before, self._after = self._wrapping()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the function that reads text: it is made anew in another process."""
+        return {key: value for key, value in self.__dict__.items() if key != "_read"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._read = reader(self.tokenizer)
+
     def widened(self, max_length: int) -> "Encoder":
         """The same encoder with another limit: prompts with shots may fill the whole context."""
         wide = copy(self)
         wide.max_length = max_length
         return wide
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id there is."""
+        return max(len(self.tokenizer) - 1, *self.tokenizer.all_special_ids, self.end)
+
+    def identity(self) -> list[Any]:
+        """All that decides which ids a text becomes, as JSON can say it."""
+        template = self.tokenizer.chat_template if self.chat else None
+        today = str(date.today()) if "strftime_now" in str(template) else None  # such a template writes the date
+        return [
+            self._content, template, today, self.encoder_decoder, self.max_length, self.end, self._before, self._after
+        ]  # fmt: skip
+
+    @cached_property
+    def _content(self) -> str:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        content = backend.to_str() if backend is not None else repr(self.tokenizer)
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def stops(self) -> list[int]:
@@ -154,7 +186,7 @@ class Encoder:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return self._read(text)
 
     def _wrapping(self) -> tuple[list[int], list[int]]:
         bare, wrapped = self._ids("a"), list(self.tokenizer("a").input_ids)

@@ -15,6 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from luthier.cached import cache_folder
 from luthier.errors import UserError
 
 
@@ -34,14 +35,6 @@ EMBEDDED = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
-
-
-def cache_folder() -> Path:
-    """Where downloads live: $LUTHIER_CACHE, or `luthier` in the user's cache directory."""
-    if given := os.environ.get("LUTHIER_CACHE"):
-        return Path(given).expanduser()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "luthier"
 
 
 def embedded_folder(name: str) -> Path:

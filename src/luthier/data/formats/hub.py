@@ -16,6 +16,18 @@ def read_dataset(path: str, split: str | None, folder: Path) -> Iterator[Row]:
     ``hub:NAME`` may name a configuration behind a colon (``hub:glue:sst2``). Raises UserError where the package is
     missing, the hub cannot be reached, the data set is not there, or its parts need a choice (`split`).
     """
+    name = path.removeprefix(HUB).rstrip("/").rpartition("/")[2]
+    part = f"[{split}]" if split else ""
+    for number, values in enumerate(_open(path, split, folder), 1):
+        yield Row(f"{name}{part}:{number}", dict(values))
+
+
+def dataset_fingerprint(path: str, split: str | None, folder: Path) -> str:
+    """The digest `datasets` keeps of a data set's content. Raises UserError as `read_dataset` does."""
+    return str(_open(path, split, folder)._fingerprint)
+
+
+def _open(path: str, split: str | None, folder: Path) -> Any:
     try:
         import datasets
     except ImportError:
@@ -41,8 +53,5 @@ def read_dataset(path: str, split: str | None, folder: Path) -> Iterator[Row]:
             )
         if split is not None and split not in found:
             raise UserError(f"The data set {path} has no part {split!r}. {nearest(split, found)}")
-        found = found[split or next(iter(found))]
-    name = path.removeprefix(HUB).rstrip("/").rpartition("/")[2]
-    part = f"[{split}]" if split else ""
-    for number, values in enumerate(found, 1):
-        yield Row(f"{name}{part}:{number}", dict(values))
+        return found[split or next(iter(found))]
+    return found

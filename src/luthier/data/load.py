@@ -1,0 +1,268 @@
+"""A task's rows read, split and rendered, once: what comes out is kept on disk under a digest of what went in."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from luthier.cached import cached, digest
+from luthier.data.formats.chat import read_conversation
+from luthier.data.rows import Row
+from luthier.data.source import Source, iterate_rows, source_digest
+from luthier.data.stored import ExampleFile, StoredExamples, packed
+from luthier.data.task import SPLITS, Example, Examples, Split, Task
+from luthier.data.templates import NamedTemplate, resolve_templates
+from luthier.data.worker import RenderWorker
+from luthier.errors import UserError
+from luthier.workers import ordered_map, processors
+
+# Raised when what is stored, or how it is made, changes.
+FORMAT = 1
+CHUNK = 1000
+# Fewer rows than this are rendered here: starting workers takes a second.
+FEW = 5 * CHUNK
+# What of a task does not change its examples.
+_UNSEEN = ("name", "metrics", "max_new_tokens", "chain_of_thought", "train", "validation", "test")
+
+Asked = tuple[Split, Row]
+# A line to store, or the row that was skipped; whether its completion is empty.
+Answer = tuple[Split, bytes, str, bool]
+
+
+def load_examples(task: Task, folder: Path, seed: int, workers: int | None = None) -> Examples:
+    """Read, split and render a task, or open what an earlier call rendered of the same content.
+
+    Many rows are rendered by `workers` processes, by default one a core. Raises UserError for unreadable rows, a
+    split without rows and a split whose targets are all empty.
+    """
+    templates = resolve_templates(task.template, task.choices, folder) if task.template is not None else []
+    given = {split: getattr(task, split) for split in SPLITS}
+    key = digest(
+        {
+            "format": FORMAT,
+            "seed": seed,
+            "settings": {name: value for name, value in asdict(task).items() if name not in _UNSEEN},
+            "templates": [one.identity() for one in templates],
+            "splits": {
+                split: source_digest(one, folder) if isinstance(one, Source) else one for split, one in given.items()
+            },
+        }
+    )
+    made = cached("examples", key, lambda place: _render_all(task, folder, seed, workers, place))
+    index = json.loads((made / "index.json").read_text())
+    stored = {split: StoredExamples(made, split, index["rows"][split]) for split in SPLITS}
+    return Examples(**stored, skipped=index["skipped"])
+
+
+def _render_all(task: Task, folder: Path, seed: int, workers: int | None, place: Path) -> None:
+    files = {split: ExampleFile(place, split) for split in SPLITS}
+    filled: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    skipped: list[str] = []
+    renderer = Renderer(task, folder, seed)
+    try:
+        for answers in _rendered(renderer, _chunks(_asked(task, folder, seed)), workers):
+            for split, line, name, empty in answers:
+                if not line:
+                    skipped.append(name)
+                    continue
+                files[split].add(line)
+                filled[split] += not empty
+                first.setdefault(split, name)
+    finally:
+        renderer.close()
+        for file in files.values():
+            file.close()
+    for split, file in files.items():
+        if file.count and not filled[split]:
+            raise UserError(
+                f"All {file.count} targets of the {split} split of task {task.name!r} are empty "
+                f"(first row: {first[split]}). Check the part of the template after '|||'."
+            )
+    counts = {split: file.count for split, file in files.items()}
+    (place / "index.json").write_text(json.dumps({"rows": counts, "skipped": skipped}))
+
+
+def _rendered(renderer: "Renderer", chunks: Iterator[list[Asked]], workers: int | None) -> Iterator[list[Answer]]:
+    """Here while rows are few, in processes of their own once they are many."""
+    few = list(islice(chunks, FEW // CHUNK))
+    more = next(chunks, None)
+    if more is None or (workers or processors()) == 1:
+        yield from map(renderer, few)
+        if more is not None:
+            yield renderer(more)
+            yield from map(renderer, chunks)
+        return
+
+    def every() -> Iterator[list[Asked]]:
+        yield from few
+        yield more
+        yield from chunks
+
+    yield from ordered_map(renderer, every(), workers)
+
+
+def _chunks(rows: Iterable[Asked]) -> Iterator[list[Asked]]:
+    several = iter(rows)
+    while chunk := list(islice(several, CHUNK)):
+        yield chunk
+
+
+def _asked(task: Task, folder: Path, seed: int) -> Iterator[Asked]:
+    """Every row with its split: those of the training file first, in its order."""
+    assigned = _assignment(task, folder, seed)
+    if task.train:
+        for number, row in enumerate(iterate_rows(task.train, folder)):
+            yield (SPLITS[assigned[number]] if assigned else "train"), row
+    for split in SPLITS[1:]:
+        if isinstance(given := getattr(task, split), Source):
+            for row in iterate_rows(given, folder):
+                yield split, row
+
+
+def _assignment(task: Task, folder: Path, seed: int) -> bytearray | None:
+    """The split of each row of the training file, as a place in SPLITS; None where all are for training."""
+    shares = [(split, given) for split in SPLITS[1:] if not isinstance(given := getattr(task, split), Source) and given]
+    if not shares or task.train is None:
+        return None
+    labels = [_label(row, task.stratify) for row in iterate_rows(task.train, folder)]
+    total = len(labels)
+    pool = list(range(total))
+    random.Random(f"split {seed}").shuffle(pool)
+    if task.stratify:
+        pool = _evenly(pool, labels)
+    assigned, start = bytearray(total), 0
+    for split, share in shares:
+        size = round(share * total) if share < 1 else int(share)
+        if total and not size:
+            raise UserError(
+                f"A share of {share} of {total} training rows leaves no {split} rows for task {task.name!r}. "
+                f"Set `{split}` to a file, a number of rows or a larger share."
+            )
+        for place in pool[start : start + size]:
+            assigned[place] = SPLITS.index(split)
+        start += size
+    if total and start >= total:
+        raise UserError(
+            f"The validation and test splits take all {total} rows of {task.name!r}: no row is left to train on."
+        )
+    return assigned
+
+
+def _label(row: Row, column: str | None) -> str:
+    if column is None:
+        return ""
+    if column not in row.values:
+        raise UserError(
+            f"{row.id} has no column {column!r} (asked for by `stratify`). It has: {', '.join(map(str, row.values))}."
+        )
+    return str(row.values[column])
+
+
+def _evenly(pool: Sequence[int], labels: Sequence[str]) -> list[int]:
+    """The rows so ordered that every stretch holds each label in its proportion."""
+    counts = Counter(labels)
+    seen: Counter[str] = Counter()
+    places = []
+    for row in pool:
+        places.append((seen[labels[row]] + 0.5) / counts[labels[row]])
+        seen[labels[row]] += 1
+    return [pool[place] for place in sorted(range(len(pool)), key=lambda place: places[place])]
+
+
+class Renderer:
+    """Renders rows; what it holds can be sent to a worker process."""
+
+    def __init__(self, task: Task, folder: Path, seed: int):
+        self.task, self.folder, self.seed = task, folder, seed
+        self._templates: list[NamedTemplate] | None = None
+        self._worker = RenderWorker()
+
+    def __getstate__(self) -> tuple[Task, Path, int]:
+        return self.task, self.folder, self.seed
+
+    def __setstate__(self, state: tuple[Task, Path, int]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+    def __call__(self, rows: Sequence[Asked]) -> list[Answer]:
+        """The lines of these rows: one a row, or one a row and template."""
+        return [answer for split, row in rows for answer in self._row(split, row)]
+
+    def close(self) -> None:
+        """Stop the process in which templates from outside are rendered."""
+        self._worker.close()
+
+    def _row(self, split: Split, row: Row) -> Iterator[Answer]:
+        task = self.task
+        references = task.references if split == "test" else []
+        if task.format:
+            yield _answer(split, _conversation(task, row, references))
+            return
+        if self._templates is None:
+            assert task.template is not None
+            self._templates = resolve_templates(task.template, task.choices, self.folder)
+        chosen = self._templates
+        if len(chosen) > 1 and (split != "train" or task.template_choice == "seeded"):
+            chosen = [random.Random(f"template {self.seed} {row.id}").choice(chosen)]
+        for template in chosen:
+            example = _render(task, template, row, references, self.seed, self._worker)
+            yield _answer(split, example) if example else (split, b"", f"{row.id} ({template.name})", True)
+
+
+def _answer(split: Split, example: Example) -> Answer:
+    return split, packed(example), example.id, not example.completion
+
+
+def _render(
+    task: Task, template: NamedTemplate, row: Row, references: list[str], seed: int, worker: RenderWorker
+) -> Example | None:
+    """One example; None where a template from outside gives no prompt or no completion for this row."""
+    parts, choices = template.render(row.values, row.id, seed, worker)
+    if template.outside and (len(parts) < 2 or not parts[0]):
+        return None
+    if len(parts) == 1:
+        raise UserError(
+            f"{row.id}: the template has no completion. Write `prompt ||| completion`, for example "
+            "`Summarise: {{ dialogue }} ||| {{ summary }}`."
+        )
+    if len(parts) > 2:
+        raise UserError(
+            f"{row.id}: the template renders to {len(parts)} parts; one '|||' between prompt and completion is allowed."
+        )
+    prompt, completion = parts
+    return Example(
+        id=row.id,
+        prompt=prompt,
+        completion=completion,
+        references=_references(row, references) or (completion,),
+        choices=choices,
+        system=task.system,
+    )
+
+
+def _references(row: Row, columns: list[str]) -> tuple[str, ...]:
+    missing = [column for column in columns if column not in row.values]
+    if missing:
+        raise UserError(
+            f"{row.id} has no column {missing[0]!r} (asked for by `references`). It has: {', '.join(map(str, row.values))}."
+        )
+    return tuple(str(row.values[column]) for column in columns)
+
+
+def _conversation(task: Task, row: Row, references: list[str]) -> Example:
+    """A chat log as its last exchange behind the earlier ones."""
+    assert task.format is not None
+    found = read_conversation(row.values, task.format, row.id)
+    *earlier, (prompt, completion) = found.exchanges
+    return Example(
+        id=row.id,
+        prompt=prompt,
+        completion=completion,
+        references=_references(row, references) or (completion,),
+        system=found.system or task.system,
+        shots=tuple(earlier),
+        learnt=len(earlier),
+    )
