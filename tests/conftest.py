@@ -1,4 +1,7 @@
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -6,6 +9,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+from luthier.cached import cache_folder
+
+
+def _own_cache() -> None:
+    """Rows that tests prepare go into a cache of their own; downloads stay where they are."""
+    real, own = cache_folder().absolute(), Path(tempfile.mkdtemp(prefix="luthier-tests-"))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    for name in ("bases", "downloads"):
+        (real / name).mkdir(parents=True, exist_ok=True)
+        (own / name).symlink_to(real / name)
+    os.environ["LUTHIER_CACHE"] = str(own)
+
+
+_own_cache()
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
