@@ -53,7 +53,7 @@ def test_a_full_memo_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     read = WordMemo(tokenizer.backend_tokenizer)
     given = "one two three four five six one two"
     assert read(given) == tokenizer(given, add_special_tokens=False).input_ids
-    assert len(read._known) <= 3
+    assert len(read._words) <= 3
 
 
 def test_a_tokenizer_whose_tokens_may_span_words_is_read_whole(request: pytest.FixtureRequest) -> None:

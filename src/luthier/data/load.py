@@ -23,7 +23,7 @@ from luthier.workers import ordered_map, processors
 FORMAT = 1
 CHUNK = 1000
 # Fewer rows than this are rendered here: starting workers takes a second.
-FEW = 5 * CHUNK
+FEW = 20 * CHUNK
 # What of a task does not change its examples.
 _UNSEEN = ("name", "metrics", "max_new_tokens", "chain_of_thought", "train", "validation", "test")
 

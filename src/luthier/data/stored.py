@@ -19,6 +19,7 @@ class StoredExamples(Sequence[Example]):
 
     def __init__(self, folder: Path, split: str, count: int):
         self.folder, self.split, self._count = folder, split, count
+        self._text, self._places = folder / f"{split}.jsonl", folder / f"{split}.ends"
         self.key = f"{folder.name}-{split}"
 
     def __len__(self) -> int:
@@ -35,13 +36,13 @@ class StoredExamples(Sequence[Example]):
             raise IndexError(place)
         place %= self._count
         start, stop = self._ends(place)
-        text = mapped(self.folder / f"{self.split}.jsonl")[start:stop]
+        text = mapped(self._text)[start:stop]
         return unpacked(json.loads(text.decode("utf-8", "surrogatepass")))
 
     def __iter__(self) -> Iterator[Example]:
         """Read the file from end to end; it is not held in memory."""
         if self._count:
-            with (self.folder / f"{self.split}.jsonl").open("rb") as file:
+            with self._text.open("rb") as file:
                 for line in file:
                     yield unpacked(json.loads(line.decode("utf-8", "surrogatepass")))
 
@@ -54,7 +55,7 @@ class StoredExamples(Sequence[Example]):
         return f"StoredExamples({str(self.folder)!r}, {self.split!r}, {self._count})"
 
     def _ends(self, place: int) -> tuple[int, int]:
-        ends = np.frombuffer(mapped(self.folder / f"{self.split}.ends"), dtype=np.int64)
+        ends = np.frombuffer(mapped(self._places), dtype=np.int64)
         return (int(ends[place - 1]) if place else 0), int(ends[place])
 
 

@@ -17,7 +17,8 @@ from luthier.workers import ordered_map, processors
 # Raised when what is stored, or how it is made, changes.
 FORMAT = 1
 CHUNK = 500
-FEW = 10 * CHUNK
+# Fewer rows than this are encoded here: a worker takes seconds to load the tokenizer.
+FEW = 40 * CHUNK
 # One row: where its ids and its name end, and how many of the ids are the prompt; tokens cut; where its learnt places end.
 ROW = np.dtype([("ids", "<i8"), ("name", "<i8"), ("earlier", "<i8"), ("prompt", "<i4"), ("cut", "<i4")])
 

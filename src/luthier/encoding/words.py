@@ -26,28 +26,46 @@ def reader(tokenizer: Any) -> Callable[[str], list[int]]:
 
 
 class WordMemo:
-    """Reads a text piece by piece, each piece through the tokenizer once."""
+    """Reads a text word by word, each word through the tokenizer once."""
 
     def __init__(self, backend: Any):
         self._backend = backend
-        self._known: dict[str, list[int]] = {}
+        self._words: dict[str, list[int]] = {}  # ids of a space and the word
+        self._pieces: dict[str, list[int]] = {}
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text."""
-        known = self._known
-        ids: list[int] = []
-        for piece in _BOUNDARY.split(text):
-            found = known.get(piece)
+        if " " not in text:
+            return list(self._piece(text))
+        first, *words, last = text.split(" ")
+        if not first or first[-1].isspace():
+            return self._irregular(text)
+        ids = list(self._piece(first))
+        known = self._words
+        for word in words:
+            found = known.get(word)
             if found is None:
-                found = self._learn(piece)
+                if not word or word != word.strip():
+                    return self._irregular(text)
+                found = self._learn(known, word, f" {word}")
             ids += found
-        return ids
+        if last and not last[0].isspace():
+            return ids + self._piece(f" {last}")  # it may end in white space: chat turns do
+        return self._irregular(text)
 
-    def _learn(self, piece: str) -> list[int]:
-        if len(self._known) >= KEPT:
-            self._known.clear()
-        found: list[int] = self._backend.encode(piece, add_special_tokens=False).ids
-        self._known[piece] = found
+    def _irregular(self, text: str) -> list[int]:
+        """Text in which some space stands beside white space: only the other spaces are places to cut."""
+        return [token for piece in _BOUNDARY.split(text) for token in self._piece(piece)]
+
+    def _piece(self, piece: str) -> list[int]:
+        found = self._pieces.get(piece)
+        return self._learn(self._pieces, piece, piece) if found is None else found
+
+    def _learn(self, known: dict[str, list[int]], name: str, text: str) -> list[int]:
+        if len(known) >= KEPT:
+            known.clear()
+        found: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        known[name] = found
         return found
 
 
