@@ -138,7 +138,7 @@ def million(rows: int) -> dict:
     """Each start in a process of its own, so that its peak memory is its own."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
-        write_rows(file, rows, 128)
+        write_rows(file, rows, 56)
         time.sleep(3)  # a file changed just now is not yet remembered by its times
         for name in ("bases", "downloads"):
             (Path(folder) / "cache").mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from luthier import cached as module
-from luthier.cached import SEAL, cached, file_digest
+from luthier.cached import SEAL, cached, file_digest, mapped
 from luthier.errors import UserError
 from luthier.workers import ordered_map
 
@@ -58,6 +58,7 @@ def test_it_is_made_once_and_again_after_any_damage() -> None:
         damage()
         assert (cached("kind", "key", make) / "a.bin").read_bytes() == b"0123456789", damage.__name__
         assert make.times == times, damage.__name__
+        assert mapped(folder / "a.bin")[:] == b"0123456789", "a map of the damaged file is not used"
 
 
 def test_two_at_once_both_get_a_whole_one_and_nothing_else_is_left() -> None:

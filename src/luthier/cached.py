@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +86,29 @@ def cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-@lru_cache(maxsize=128)  # each holds a file open
 def mapped(path: Path) -> mmap.mmap | bytes:
-    """A file's bytes, mapped into memory, not read."""
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return b""
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    """A file's bytes, mapped into memory, not read; the pages touched do not stay resident for long."""
+    global _asked
+    _asked += 1
+    if not _asked % FORGET_EVERY:
+        for one in _maps.values():
+            if isinstance(one, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                one.madvise(mmap.MADV_DONTNEED)
+    if path not in _maps:
+        if len(_maps) >= MAPS:
+            _maps.pop(next(iter(_maps)))
+        with path.open("rb") as file:
+            empty = not os.fstat(file.fileno()).st_size
+            _maps[path] = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return _maps[path]
+
+
+# Each map holds a file open, and processes may open a thousand or so.
+MAPS = 128
+# A random read brings in 64 KB of pages: after this many, those of all maps are let go (the system still caches them).
+FORGET_EVERY = 4096
+_maps: dict[Path, mmap.mmap | bytes] = {}
+_asked = 0
 
 
 def _whole(folder: Path) -> bool:
@@ -111,6 +126,8 @@ def _whole(folder: Path) -> bool:
     except (OSError, ValueError, TypeError, AttributeError):
         sound = False
     if not sound:
+        for path in [path for path in _maps if path.parent == folder]:
+            del _maps[path]
         shutil.rmtree(folder, ignore_errors=True)
         return False
     with suppress(OSError):  # a cache that may only be read

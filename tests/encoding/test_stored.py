@@ -1,5 +1,6 @@
 """Rows from the cache are the rows that encoding gives, whoever encoded them; a million take no memory."""
 
+import gc
 import json
 import random
 from pathlib import Path
@@ -16,6 +17,8 @@ from luthier.encoding.batches import encode_all
 from luthier.encoding.encoder import Encoder
 from luthier.encoding.stored import stored_rows
 from luthier.errors import UserError
+from luthier.recipe import make_recipe
+from luthier.training_rows import training_rows
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +110,24 @@ def test_a_row_without_room_is_named_by_a_worker(tmp_path: Path, monkeypatch: py
     with pytest.raises(UserError, match=r"rows.jsonl:\d+: the completion has"):
         stored_rows(encoder(max_length=10), examples.train, examples.train.key, 0, 2)
     assert not any((tmp_path / "cache" / "tokens").iterdir()), "nothing half-made stays"
+
+
+def test_a_second_start_reads_no_row_and_holds_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(30):
+        rows = [{"q": f"{number} {n}", "a": f"answer {n}"} for n in range(10)]
+        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = {"template": "{{ q }} ||| {{ a }}", "validation": 0.2, "test": 0.2}
+    tasks = [{"name": f"t{n}", "train": f"{n}.jsonl", **shared} for n in range(30)]
+    recipe = make_recipe({"data": str(tmp_path), "task": {"tasks": tasks}, "tunings": ["lora"]})
+
+    def start():
+        loaded = [(task, load_examples(task, tmp_path, 0)) for task in recipe.tasks]
+        return training_rows(recipe, None, loaded, encoder(), 0)[0]
+
+    first = [start().at(k) for k in range(200)]
+    for module, name in ((load, "iterate_rows"), (load, "Renderer"), (stored, "EncodeChunk")):
+        monkeypatch.setattr(module, name, None)
+    again = start()
+    gc.collect()
+    assert not [one for one in gc.get_objects() if isinstance(one, Example)], "no row is in memory"
+    assert [again.at(k) for k in range(200)] == first
