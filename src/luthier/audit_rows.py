@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from luthier.data.audit import Finding, audit_text, errors
+from luthier.data.audit import Finding, audit_across, audit_text, errors
 from luthier.data.load import load_examples
 from luthier.data.task import Examples
 from luthier.encoding.audit import audit_tokens
@@ -28,6 +28,8 @@ def audit(recipe: Recipe, loaded: Sequence[Examples] | None = None) -> list[Find
         prefix = f"{task.name} " if len(loaded) > 1 else ""
         of_task = audit_text(examples) + audit_tokens(encoder, examples)
         found += [replace(one, split=f"{prefix}{one.split}") for one in of_task]
+    if len(loaded) > 1:
+        found += audit_across([(task.name, examples) for task, examples in zip(recipe.tasks, loaded, strict=True)])
     found = [replace(one, level="warning") if one.kind in recipe.allow else one for one in found]
     return sorted(found, key=lambda one: one.level)
 

@@ -9,7 +9,7 @@ import yaml
 from tests import tiny
 
 from luthier.audit_rows import audit, stop_on_errors
-from luthier.data.audit import audit_text
+from luthier.data.audit import audit_across, audit_text
 from luthier.data.library import task_files
 from luthier.data.load import load_examples
 from luthier.data.task import Example, Examples
@@ -75,6 +75,17 @@ def test_seeded_defects_in_the_text_are_found_exactly() -> None:
         ("nearly in training", "test"): ["3:5"],
         ("empty reference", "test"): ["3:6"],
     }
+
+
+def test_a_leak_from_one_task_of_a_mixture_into_another_is_found() -> None:
+    one, other = examples(), Examples(clean(120, 4), clean(20, 5), clean(20, 6))
+    assert audit_across([("one", one), ("other", other)]) == []
+    other.train[5] = changed(one.test[2], id="4:5", prompt=one.test[2].prompt.upper() + "!")
+    one.train[8] = changed(other.validation[1], id="1:8")
+    found = audit_across([("one", one), ("other", other)])
+    kind = "in another task's training"
+    assert kinds(found) == {(kind, "one test"): ["3:2"], (kind, "other validation"): ["5:1"]}
+    assert found[0].example.startswith("3:2 = other 4:5: ") and {entry.level for entry in found} == {"error"}
 
 
 def test_labels_are_checked() -> None:

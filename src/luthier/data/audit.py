@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from statistics import median
 from typing import Literal
 
@@ -185,6 +186,32 @@ def _leaks(examples: Examples) -> list[Finding]:
             f"At least {NEAR:.0%} of the row's word sequences stand in one training row.",
         )  # fmt: skip
     return found
+
+
+def audit_across(tasks: Sequence[tuple[str, Examples]]) -> list[Finding]:
+    """Held-out rows of a mixture's task whose prompt stands in the training split of another."""
+    seen: dict[bytes, tuple[str, str]] = {}
+    for name, examples in tasks:
+        for row in examples.train:
+            seen.setdefault(_mark(row.prompt), (name, row.id))
+    found: list[Finding] = []
+    for name, examples in tasks:
+        for split in SPLITS[1:]:
+            shared = [
+                (row, other)
+                for row in getattr(examples, split)
+                if (other := seen.get(_mark(row.prompt))) and other[0] != name
+            ]
+            found += finding(
+                "in another task's training", "error", f"{name} {split}", [row.id for row, _ in shared],
+                f"{shared[0][0].id} = {' '.join(shared[0][1])}: {shared[0][0].prompt}" if shared else "",
+                "The score would measure memory: the mixture trains on this prompt under another task's name.",
+            )  # fmt: skip
+    return found
+
+
+def _mark(text: str) -> bytes:
+    return blake2b(_plain(text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def _near(held: Sequence[Example], train: Sequence[Example]) -> list[tuple[str, str]]:
