@@ -10,7 +10,7 @@ from tests import tiny
 
 from luthier.encoding.batches import collate
 from luthier.encoding.encoder import Encoded
-from luthier.encoding.order import Shuffled, step_rows
+from luthier.encoding.order import Mixed, Shuffled, Stream, step_rows
 from luthier.errors import Interrupted, UserError
 from luthier.models.base import BaseModel
 from luthier.models.loss import label_scores
@@ -75,8 +75,10 @@ def test_training_equals_a_plain_loop(family: str, tmp_path: Path) -> None:
 
 
 @each_method
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_stopped_and_resumed_ends_in_the_same_bits(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "mixed"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_stopped_and_resumed_ends_in_the_same_bits(
+    method: str, dtype: torch.dtype, mixed: bool, tmp_path: Path
+) -> None:
     settings = TrainingSettings(epochs=2, batch_size=4, checkpoint_every=2)
 
     def fresh() -> BaseModel:
@@ -88,9 +90,12 @@ def test_stopped_and_resumed_ends_in_the_same_bits(method: str, dtype: torch.dty
         held = collate(rows_for(base, 3), None)
         return lambda: Validation(-float(label_scores(base, held)[0].mean()), 0.0)
 
+    def stream() -> Stream:  # made anew, as a new process does
+        return Mixed([rows[:13], rows[13:]], [0.7, 0.3], len(rows), 3) if mixed else Shuffled(rows, 3)
+
     whole = fresh()
     rows = rows_for(whole)
-    straight = train(whole, "t", Shuffled(rows, 3), settings, 3, tmp_path / "whole", validate=validation(whole))
+    straight = train(whole, "t", stream(), settings, 3, tmp_path / "whole", validate=validation(whole))
     for stop_at in (1, 5, 6, 11):
         folder = tmp_path / f"stop{stop_at}"
         first, seen = fresh(), [0]
@@ -100,12 +105,12 @@ def test_stopped_and_resumed_ends_in_the_same_bits(method: str, dtype: torch.dty
 
         with pytest.raises(Interrupted, match=f"after step {stop_at} of 12"):
             train(
-                first, "t", Shuffled(rows, 3), settings, 3, folder, validate=validation(first), hooks=[count],
+                first, "t", stream(), settings, 3, folder, validate=validation(first), hooks=[count],
                 should_stop=lambda seen=seen, stop_at=stop_at: seen[0] >= stop_at,
             )  # fmt: skip
         torch.manual_seed(999)  # whatever the new process's generator holds
         second = fresh()
-        progress = train(second, "t", Shuffled(rows, 3), settings, 3, folder, validate=validation(second))
+        progress = train(second, "t", stream(), settings, 3, folder, validate=validation(second))
         assert same(weights(second), weights(whole))
         without_time = [
             [{key: value for key, value in event.items() if key != "step_seconds"} for event in one.history]
