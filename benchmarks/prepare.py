@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from luthier.data.load import load_examples
 from luthier.data.source import Source
 from luthier.data.task import Task
 from luthier.data.template import Template
-from luthier.encoding.encoder import Encoder
+from luthier.encoding.encoder import Encoded, Encoder
 from luthier.encoding.stored import stored_rows
 from luthier.models.load import BaseSpec, read_tokenizer
 
@@ -52,7 +53,7 @@ def write_rows(path: Path, count: int, words: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def ours(file: Path, processes: int) -> list[tuple[list[int], list[int]]]:
+def ours(file: Path, processes: int) -> Sequence[Encoded]:
     task = Task(template=TEXT, train=Source(str(file)), validation=0, test=0)
     examples = load_examples(task, file.parent, 0, processes)
     return stored_rows(encoder(), examples.train, examples.train.key, 0, processes)
@@ -186,7 +187,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             file = given.file
             if file is None:
-                write_rows(file := Path(folder) / "rows.jsonl", 40_000, 128)
+                write_rows(file := Path(folder) / "rows.jsonl", 120_000, 56)
             result = compare(file.absolute(), given.processes, given.repeats)
     if given.json:
         given.json.write_text(json.dumps(result, indent=2) + "\n")

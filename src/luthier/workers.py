@@ -10,6 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -79,9 +80,10 @@ def _start(function: Callable[[Any], Any]) -> "subprocess.Popen[bytes]":
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
     )
     assert child.stdin is not None
-    pickle.dump(list(sys.path), child.stdin)
-    pickle.dump(function, child.stdin)
-    child.stdin.flush()
+    with suppress(BrokenPipeError):  # it ended already: the first item says so
+        pickle.dump(list(sys.path), child.stdin)
+        pickle.dump(function, child.stdin)
+        child.stdin.flush()
     return child
 
 

@@ -187,6 +187,9 @@ def test_forms_of_the_prompt(tmp_path: Path) -> None:
         assert len(set(one.shots)) == 3
         assert set(one.shots) <= {(other.prompt, other.completion) for other in train if other != plain}
     assert len({one.shots for one in few}) > 1
+    assert few[-1] == few[len(few) - 1] and few[2:4] == [few[2], few[3]]
+    with pytest.raises(IndexError):
+        few[len(few)]
     assert list(few) == list(shown("few_shot"))
     assert all(len(one.shots) == 1 for one in shown("few_shot", budget=20))
     options = shown("few_shot_options")

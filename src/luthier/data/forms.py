@@ -4,10 +4,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import overload
 
 from luthier.cached import digest
 from luthier.data.formats.flan import options_field
+from luthier.data.lazy import Lazy
 from luthier.data.load import load_examples
 from luthier.data.mixture import Entry
 from luthier.data.shots import with_shots
@@ -15,7 +15,7 @@ from luthier.data.stored import StoredExamples
 from luthier.data.task import Example
 
 
-class InForm(Sequence[Example]):
+class InForm(Lazy[Example]):
     """A task's training examples in an entry's form, each made when it is asked for.
 
     A few-shot row has its own shots, drawn by seed and row from the other rows, as many as fit `budget` tokens.
@@ -38,13 +38,8 @@ class InForm(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.train)
 
-    @overload
-    def __getitem__(self, place: int) -> Example: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Example]: ...
-    def __getitem__(self, place: int | slice) -> Example | list[Example]:
-        if isinstance(place, slice):
-            return [self[one] for one in range(*place.indices(len(self)))]
+    def at(self, place: int) -> Example:
+        """The example at `place` in this form."""
         example = self._shown(place)
         if not self.few_shot:
             return example

@@ -4,17 +4,18 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from luthier.cached import mapped
+from luthier.data.lazy import Lazy
 from luthier.data.task import Example
 
 _DEFAULTS = {one.name: one.default for one in fields(Example)}
 
 
-class StoredExamples(Sequence[Example]):
+class StoredExamples(Lazy[Example]):
     """The examples of one split of a prepared task; its `key` is a digest of all they were made from."""
 
     def __init__(self, folder: Path, split: str, count: int):
@@ -25,16 +26,8 @@ class StoredExamples(Sequence[Example]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, place: int) -> Example: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Example]: ...
-    def __getitem__(self, place: int | slice) -> Example | list[Example]:
-        if isinstance(place, slice):
-            return [self[one] for one in range(*place.indices(self._count))]
-        if not -self._count <= place < self._count:
-            raise IndexError(place)
-        place %= self._count
+    def at(self, place: int) -> Example:
+        """The example at `place`, read from its file."""
         start, stop = self._ends(place)
         text = mapped(self._text)[start:stop]
         return unpacked(json.loads(text.decode("utf-8", "surrogatepass")))

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
 from luthier.cached import cached, digest, mapped
+from luthier.data.lazy import Lazy
 from luthier.data.task import Example
 from luthier.encoding.encoder import Encoded, Encoder
 from luthier.workers import ordered_map, processors
@@ -23,11 +23,12 @@ FEW = 40 * CHUNK
 ROW = np.dtype([("ids", "<i8"), ("name", "<i8"), ("earlier", "<i8"), ("prompt", "<i4"), ("cut", "<i4")])
 
 
-class StoredRows(Sequence[Encoded]):
-    """Encoded rows of a prepared split; `lengths` and `cuts` of all rows without reading one."""
+class StoredRows(Lazy[Encoded]):
+    """Encoded rows of a prepared split; `lengths` and `cut_rows` of all without reading one."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._files = {name: folder / f"{name}.bin" for name in ("ids", "names", "earlier", "rows")}
         index = json.loads((folder / "index.json").read_text())
         self._rows: int = index["rows"]
         self.cut_rows: list[str] = index["cut"]
@@ -36,32 +37,22 @@ class StoredRows(Sequence[Encoded]):
     def __len__(self) -> int:
         return self._rows
 
-    @overload
-    def __getitem__(self, place: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Encoded]: ...
-    def __getitem__(self, place: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(place, slice):
-            return [self[one] for one in range(*place.indices(self._rows))]
-        if not -self._rows <= place < self._rows:
-            raise IndexError(place)
-        place %= self._rows
+    def at(self, place: int) -> Encoded:
+        """The row at `place`, read from the mapped files."""
         table = self._table()
         row = table[place]
         before = table[place - 1] if place else np.zeros((), ROW)
         ids = np.frombuffer(
-            mapped(self.folder / "ids.bin"),
+            mapped(self._files["ids"]),
             self._id_type,
             count=int(row["ids"] - before["ids"]),
             offset=int(before["ids"]) * self._id_type.itemsize,
         ).tolist()
         earlier: tuple[tuple[int, int], ...] = ()
         if row["earlier"] != before["earlier"]:
-            places = np.frombuffer(mapped(self.folder / "earlier.bin"), "<i4").reshape(-1, 2)
+            places = np.frombuffer(mapped(self._files["earlier"]), "<i4").reshape(-1, 2)
             earlier = tuple(map(tuple, places[int(before["earlier"]) : int(row["earlier"])].tolist()))
-        name = mapped(self.folder / "names.bin")[int(before["name"]) : int(row["name"])].decode(
-            "utf-8", "surrogatepass"
-        )
+        name = mapped(self._files["names"])[int(before["name"]) : int(row["name"])].decode("utf-8", "surrogatepass")
         prompt = int(row["prompt"])
         return Encoded(name, ids[:prompt], ids[prompt:], int(row["cut"]), earlier)
 
@@ -70,7 +61,7 @@ class StoredRows(Sequence[Encoded]):
         return np.diff(self._table()["ids"], prepend=0)
 
     def _table(self) -> np.ndarray:
-        return np.frombuffer(mapped(self.folder / "rows.bin"), ROW)
+        return np.frombuffer(mapped(self._files["rows"]), ROW)
 
 
 def stored_rows(
@@ -138,8 +129,8 @@ class EncodeChunk:
         names, cut = bytearray(), []
         earlier: list[tuple[int, int]] = []
         table: list[tuple[Any, ...]] = []
-        for example in islice(self._read(places), len(places)):
-            for row in self.encoder.encode_all(example, self.reserve):
+        for place in places:
+            for row in self.encoder.encode_all(self.examples[place], self.reserve):
                 ids += row.prompt
                 ids += row.target
                 names += row.id.encode("utf-8", "surrogatepass")
@@ -154,7 +145,3 @@ class EncodeChunk:
             np.array(table, ROW).tobytes(),
             cut,
         )
-
-    def _read(self, places: range) -> Iterator[Example]:
-        for place in places:
-            yield self.examples[place]
