@@ -8,6 +8,7 @@ other tokenizer reads every text whole.
 import json
 import re
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 _BOUNDARY = re.compile(r"(?<=\S)(?= \S)")
@@ -41,14 +42,17 @@ class WordMemo:
         if not first or first[-1].isspace():
             return self._irregular(text)
         ids = list(self._piece(first))
-        known = self._words
-        for word in words:
-            found = known.get(word)
-            if found is None:
-                if not word or word != word.strip():
-                    return self._irregular(text)
-                found = self._learn(known, word, f" {word}")
-            ids += found
+        try:
+            ids.extend(chain.from_iterable(map(self._words.__getitem__, words)))
+        except KeyError:
+            ids = list(self._piece(first))
+            for word in words:
+                found = self._words.get(word)
+                if found is None:
+                    if not word or word != word.strip():
+                        return self._irregular(text)
+                    found = self._learn(self._words, word, f" {word}")
+                ids += found
         if last and not last[0].isspace():
             return ids + self._piece(f" {last}")  # it may end in white space: chat turns do
         return self._irregular(text)

@@ -26,6 +26,12 @@ EVERYTHING = slice(None)
 class Delta(nn.Module):
     """What a module graft computes; subclasses implement ``forward(x, y)`` with y = base(x)."""
 
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """The base module's fp32 weight, (out, in) for a linear, and bias with this delta folded in; None where no
+        weights of the module give the same outputs.
+        """
+        return None
+
 
 class Route:
     """Which tunings are active, and which slice of the leading token or row axis each one owns."""

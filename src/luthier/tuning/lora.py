@@ -46,6 +46,10 @@ class LowRank(Delta):
         low = F.linear(x, self.lora_A.weight.to(x.dtype))
         return y + F.linear(low, (self.lora_B.weight * self.scale).to(x.dtype))
 
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """W + scale * B A."""
+        return weight + self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float(), bias
+
 
 @dataclass(frozen=True)
 class LoRA:

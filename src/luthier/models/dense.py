@@ -1,0 +1,12 @@
+"""The weight of a linear or embedding as plain fp32 numbers, however the module stores it."""
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+@torch.no_grad()
+def dense_weight(module: nn.Module) -> Tensor:
+    """A module's weight in fp32: (out, in) for a linear, also where GPT-2's Conv1D stores (in, out); else as stored."""
+    weight: Tensor = module.weight.detach().float()  # type: ignore[union-attr, operator]
+    return weight.T.contiguous() if isinstance(module, Conv1D) else weight
