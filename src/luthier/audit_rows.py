@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from luthier.data.audit import Finding, audit_across, audit_text, errors
+from luthier.data.findings import Finding, errors
 from luthier.data.load import load_examples
 from luthier.data.task import Examples
-from luthier.encoding.audit import audit_tokens
+from luthier.encoding.audit import audit_tasks
 from luthier.errors import UserError
 from luthier.models.base import DEFAULT_CONTEXT
 from luthier.models.load import context_length, read_tokenizer
@@ -23,13 +23,11 @@ def audit(recipe: Recipe, loaded: Sequence[Examples] | None = None) -> list[Find
         loaded = [load_examples(task, Path(recipe.data), recipe.seed) for task in recipe.tasks]
     tokenizer, config = read_tokenizer(recipe.base)
     encoder = recipe.encoder(tokenizer, config.is_encoder_decoder, context_length(config, DEFAULT_CONTEXT))
+    named = [(task.name, examples) for task, examples in zip(recipe.tasks, loaded, strict=True)]
     found: list[Finding] = []
-    for task, examples in zip(recipe.tasks, loaded, strict=True):
-        prefix = f"{task.name} " if len(loaded) > 1 else ""
-        of_task = audit_text(examples) + audit_tokens(encoder, examples)
+    for (name, _), of_task in zip(named, audit_tasks(encoder, named), strict=True):
+        prefix = f"{name} " if len(named) > 1 else ""
         found += [replace(one, split=f"{prefix}{one.split}") for one in of_task]
-    if len(loaded) > 1:
-        found += audit_across([(task.name, examples) for task, examples in zip(recipe.tasks, loaded, strict=True)])
     found = [replace(one, level="warning") if one.kind in recipe.allow else one for one in found]
     return sorted(found, key=lambda one: one.level)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from luthier.data.audit import Finding
+from luthier.data.findings import Finding
 from luthier.errors import UserError, nearest
 from luthier.files import write_json, write_whole
 from luthier.recipe import Recipe, differing_key, make_recipe, recipe_yaml

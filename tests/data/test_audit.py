@@ -9,11 +9,12 @@ import yaml
 from tests import tiny
 
 from luthier.audit_rows import audit, stop_on_errors
-from luthier.data.audit import audit_across, audit_text
+from luthier.data.audit import read_text
+from luthier.data.leaks import find_leaks
 from luthier.data.library import task_files
 from luthier.data.load import load_examples
-from luthier.data.task import Example, Examples
-from luthier.encoding.audit import audit_tokens
+from luthier.data.task import SPLITS, Example, Examples
+from luthier.encoding.audit import audit_text, audit_tokens
 from luthier.encoding.encoder import Encoder
 from luthier.errors import UserError
 from luthier.recipe import make_recipe
@@ -33,6 +34,15 @@ def clean(count: int, seed: int, choices: tuple[str, ...] = ()) -> list[Example]
 
 def examples(choices: tuple[str, ...] = ()) -> Examples:
     return Examples(clean(120, 1, choices), clean(20, 2, choices), clean(20, 3, choices))
+
+
+def leaks(one: Examples, other: Examples):
+    read = [{split: read_text(rows, range(len(rows)), 1) for split, rows in splits(each)} for each in (one, other)]
+    return [found for each in find_leaks([("one", one), ("other", other)], read) for found in each]
+
+
+def splits(rows: Examples):
+    return [(split, getattr(rows, split)) for split in SPLITS]
 
 
 def changed(row: Example, **values: object) -> Example:
@@ -79,13 +89,23 @@ def test_seeded_defects_in_the_text_are_found_exactly() -> None:
 
 def test_a_leak_from_one_task_of_a_mixture_into_another_is_found() -> None:
     one, other = examples(), Examples(clean(120, 4), clean(20, 5), clean(20, 6))
-    assert audit_across([("one", one), ("other", other)]) == []
+    assert leaks(one, other) == []
     other.train[5] = changed(one.test[2], id="4:5", prompt=one.test[2].prompt.upper() + "!")
     one.train[8] = changed(other.validation[1], id="1:8")
-    found = audit_across([("one", one), ("other", other)])
+    words = one.validation[4].prompt.split()
+    other.train[7] = changed(other.train[7], prompt=" ".join([*words[:-2], "other", "end"]))
+    found = leaks(one, other)
     kind = "in another task's training"
-    assert kinds(found) == {(kind, "one test"): ["3:2"], (kind, "other validation"): ["5:1"]}
-    assert found[0].example.startswith("3:2 = other 4:5: ") and {entry.level for entry in found} == {"error"}
+    assert kinds(found) == {
+        (kind, "test"): ["3:2"],
+        (kind, "validation"): ["5:1"],
+        (f"nearly {kind}", "validation"): ["2:4"],
+    }
+    assert [(one.level, one.example[:16]) for one in found] == [
+        ("warning", "2:4 ~ other 4:7"),
+        ("error", "3:2 = other 4:5:"),
+        ("error", "5:1 = one 1:8: S"),
+    ]
 
 
 def test_labels_are_checked() -> None:
@@ -190,3 +210,90 @@ def test_a_leak_in_public_data_is_found_and_named_in_the_example(shared: Path) -
     assert set(wrong) == {("also in training", "test")}
     assert len(wrong["also in training", "test"]) == 2
     stop_on_errors(audit(task))
+
+
+def defective(folder: Path, rows: int) -> dict:
+    """A recipe over files with known defects: 7 duplicates, 5 encodings, 3 leaks, 2 near leaks, 4 cut prompts."""
+    draw = random.Random(5)
+    texts = [" ".join(draw.choice(WORDS) for _ in range(30)) for _ in range(rows)]
+    train = [{"q": text, "a": f"answer {number}"} for number, text in enumerate(texts)]
+    held = [{"q": " ".join(draw.choice(WORDS) for _ in range(30)), "a": f"held {n}"} for n in range(40)]
+    for number in range(7):
+        train[100 + number] = dict(train[number])
+    for number in range(5):
+        train[200 + number]["a"] += " \u00c3\u00a9"
+    for number in range(3):
+        held[number]["q"] = train[300 + number]["q"].upper()
+    for number in range(2):
+        held[10 + number]["q"] = train[310 + number]["q"] + " closing"
+    for number in range(4):
+        train[320 + number]["q"] += " far" * 400
+    for file, part in (("train", train), ("test", held)):
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return {
+        "data": str(folder),
+        "task": {"template": "{{ q }} ||| {{ a }}", "train": "train.jsonl", "test": "test.jsonl", "validation": 0},
+        "tunings": ["zero_shot"],
+        "retention": [],
+        "max_length": 256,
+    }
+
+
+def named_rows(file: str, *numbers: int) -> list[str]:
+    return [f"{file}.jsonl:{number + 1}" for number in numbers]
+
+
+@pytest.mark.parametrize("few", [100, 10**6], ids=["worker processes", "this process"])
+def test_many_rows_are_audited_the_same_by_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int) -> None:
+    from luthier import workers
+    from luthier.encoding import audit as module
+
+    monkeypatch.setattr(module, "FEW", few)
+    monkeypatch.setattr(module, "CHUNK", 90)
+    monkeypatch.setattr(module, "processors", lambda: 2)
+    monkeypatch.setattr(workers, "processors", lambda: 2)
+    found = kinds(audit(make_recipe(defective(tmp_path, 500))))
+    assert found == {
+        ("duplicate", "train"): named_rows("train", *range(100, 107)),
+        ("suspicious encoding", "train"): named_rows("train", *range(200, 205)),
+        ("also in training", "test"): named_rows("test", 0, 1, 2),
+        ("nearly in training", "test"): named_rows("test", 10, 11),
+        ("prompt cut", "train"): named_rows("train", *range(320, 324)),
+    }
+
+
+def test_sound_data_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from luthier.encoding import audit as module
+
+    recipe = make_recipe(defective(tmp_path, 400))
+    first, reads = audit(recipe), []
+    monkeypatch.setattr(module, "read_text", lambda *given: reads.append(given))
+    assert audit(recipe) == first
+    assert not reads
+    shorter = make_recipe({**defective(tmp_path, 400), "max_length": 128})
+    with pytest.raises(AttributeError):  # another limit cuts other rows: they are read again
+        audit(shorter)
+    assert reads
+
+
+def test_a_conversation_is_told_from_another_by_all_that_was_asked() -> None:
+    """A last question that many conversations share makes them neither duplicates nor contradictions."""
+    rows = [
+        Example(f"1:{n}", "Thank you, bye!", f"Bye, and good luck with {WORDS[n]}.", ("x",), shots=((f"about {n}?", "yes"),), learnt=1)
+        for n in range(30)
+    ]  # fmt: skip
+    assert audit_text(Examples(rows, [], [])) == []
+    rows[9] = changed(rows[8], id="1:9")
+    assert kinds(audit_text(Examples(rows, [], []))) == {("duplicate", "train"): ["1:9"]}
+
+
+def test_of_large_splits_a_sample_of_word_sequences_is_kept() -> None:
+    from luthier.data.audit import kept_sequences
+
+    assert [kept_sequences(rows) for rows in (0, 19_000, 20_000, 20_001, 50_000, 200_000)] == [1, 1, 1, 2, 4, 16]
+    rows = examples()
+    words = rows.train[21].prompt.split()
+    rows.test[5] = changed(rows.test[5], prompt=" ".join([*words[:-2], "other", "end"]))
+    read = {split: read_text(each, range(len(each)), 4) for split, each in splits(rows)}
+    assert len(read["test"].shingles[0]) < 40 / 2
+    assert kinds(find_leaks([("", rows)], [read])[0]) == {("nearly in training", "test"): ["3:5"]}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from tests import tiny
 
-from luthier.data.audit import audit_text
 from luthier.data.formats.chat import read_conversation
 from luthier.data.load import load_examples
 from luthier.data.source import Source
 from luthier.data.task import Example, Task
+from luthier.encoding.audit import audit_text
 from luthier.encoding.batches import collate, encode_all
 from luthier.encoding.encoder import Encoder
 from luthier.errors import UserError
