@@ -5,14 +5,17 @@ incomplete, or was changed since, is removed and made again. Folders unused for 
 """
 
 import hashlib
+import importlib.util
 import json
 import mmap
 import os
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ SEAL = "whole.json"
 UNUSED_DAYS = 30
 # A file changed this recently may change again within the same tick of its clock.
 SETTLED_SECONDS = 2.0
+# Files up to this size are told whole by a checksum.
+SMALL = 1 << 16
 
 
 def cache_folder() -> Path:
@@ -35,6 +40,18 @@ def cache_folder() -> Path:
 def digest(value: Any) -> str:
     """A digest of anything JSON can say."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+@cache
+def code_digest(*packages: str) -> str:
+    """A digest of the source of these packages: what they make is made anew once they change."""
+    digest_ = hashlib.sha256()
+    for package in packages:
+        found = importlib.util.find_spec(package)
+        assert found is not None and found.origin is not None, package
+        for path in sorted(Path(found.origin).parent.rglob("*.py")):
+            digest_.update(f"{path.name} ".encode() + path.read_bytes())
+    return digest_.hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:
@@ -116,8 +133,10 @@ def _whole(folder: Path) -> bool:
     try:
         sealed = json.loads((folder / SEAL).read_text())
         sound = all(
-            (state := (folder / name).stat()).st_size == size and state.st_mtime_ns == changed
-            for name, (size, changed) in sealed.items()
+            (state := (folder / name).stat()).st_size == size
+            and state.st_mtime_ns == changed
+            and (size > SMALL or zlib.crc32((folder / name).read_bytes()) == checksum)
+            for name, (size, changed, checksum) in sealed.items()
         )
     except FileNotFoundError:
         sound = not folder.exists()
@@ -136,16 +155,18 @@ def _whole(folder: Path) -> bool:
 
 
 def _seal(folder: Path) -> None:
+    """Note each file's size, time and, of a small one, checksum: so only large ones must be on the disk by now."""
     seal = {}
     for path in sorted(folder.iterdir()):
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
         state = path.stat()
-        seal[path.name] = (state.st_size, state.st_mtime_ns)
-    with (folder / SEAL).open("w") as file:
-        json.dump(seal, file)
-        file.flush()
-        os.fsync(file.fileno())
+        checksum = 0
+        if state.st_size > SMALL:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        else:
+            checksum = zlib.crc32(path.read_bytes())
+        seal[path.name] = (state.st_size, state.st_mtime_ns, checksum)
+    (folder / SEAL).write_text(json.dumps(seal))
 
 
 def _tidy(parent: Path) -> None:

@@ -5,10 +5,11 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
-from luthier.cached import cached, digest
+from luthier.cached import cached, code_digest, digest
 from luthier.data.formats.chat import read_conversation
 from luthier.data.rows import Row
 from luthier.data.source import Source, iterate_rows, source_digest
@@ -19,8 +20,6 @@ from luthier.data.worker import RenderWorker
 from luthier.errors import UserError
 from luthier.workers import ordered_map, processors
 
-# Raised when what is stored, or how it is made, changes.
-FORMAT = 1
 CHUNK = 1000
 # Fewer rows than this are rendered here: starting workers takes a second.
 FEW = 20 * CHUNK
@@ -42,7 +41,7 @@ def load_examples(task: Task, folder: Path, seed: int, workers: int | None = Non
     given = {split: getattr(task, split) for split in SPLITS}
     key = digest(
         {
-            "format": FORMAT,
+            "code": [code_digest("luthier.data"), version("jinja2")],
             "seed": seed,
             "settings": {name: value for name, value in asdict(task).items() if name not in _UNSEEN},
             "templates": [one.identity() for one in templates],

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.cached import cached, digest
+from luthier.cached import cached, code_digest, digest
 from luthier.data.audit import (
     KINDS,
     Defect,
@@ -27,8 +27,6 @@ from luthier.encoding.encoder import Encoder
 from luthier.errors import UserError
 from luthier.workers import ordered_map, processors
 
-# Raised when a check changes.
-FORMAT = 1
 CHUNK = 1000
 # Fewer rows than this are read here: a worker takes seconds to load the tokenizer.
 FEW = 20 * CHUNK
@@ -73,7 +71,7 @@ def audit_tasks(encoder: Encoder, tasks: Sequence[tuple[str, Examples]]) -> list
     """
     keys = [_key(encoder, examples) for _, examples in tasks]
     own = [_task(encoder, examples, key) for (_, examples), key in zip(tasks, keys, strict=True)]
-    whole = digest([FORMAT, keys, [name for name, _ in tasks]])
+    whole = digest([keys, [name for name, _ in tasks]])
     place = cached("leaks", whole, lambda folder: _find_leaks(encoder, tasks, keys, folder))
     leaks = json.loads((place / "found.json").read_text())
     return [[*found, *map(_finding, each)] for found, each in zip(own, leaks, strict=True)]
@@ -82,7 +80,7 @@ def audit_tasks(encoder: Encoder, tasks: Sequence[tuple[str, Examples]]) -> list
 def _key(encoder: Encoder, examples: Examples) -> str:
     named = [one.key for split in SPLITS if isinstance(one := getattr(examples, split), StoredExamples)]
     assert len(named) == len(SPLITS), "only stored examples have a key"
-    return digest([FORMAT, named, encoder.identity()])
+    return digest([code_digest("luthier.data", "luthier.encoding"), named, encoder.identity()])
 
 
 def _task(encoder: Encoder, examples: Examples, key: str) -> list[Finding]:

@@ -3,19 +3,18 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from luthier.cached import cached, digest, mapped
+from luthier.cached import cached, code_digest, digest, mapped
 from luthier.data.lazy import Lazy
 from luthier.data.task import Example
 from luthier.encoding.encoder import Encoded, Encoder
 from luthier.workers import ordered_map, processors
 
-# Raised when what is stored, or how it is made, changes.
-FORMAT = 1
 CHUNK = 500
 # Fewer rows than this are encoded here: a worker takes seconds to load the tokenizer.
 FEW = 40 * CHUNK
@@ -71,7 +70,14 @@ def stored_rows(
 
     Many rows are encoded by `workers` processes, by default one a core. Raises UserError as `Encoder.encode` does.
     """
-    name = digest({"format": FORMAT, "examples": key, "encoder": encoder.identity(), "reserve": reserve})
+    name = digest(
+        {
+            "code": [code_digest("luthier.data", "luthier.encoding"), version("tokenizers")],
+            "examples": key,
+            "encoder": encoder.identity(),
+            "reserve": reserve,
+        }
+    )
     return StoredRows(cached("tokens", name, lambda place: _encode(encoder, examples, reserve, workers, place)))
 
 
