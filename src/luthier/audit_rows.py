@@ -2,15 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from luthier.data.findings import Finding, errors
-from luthier.data.load import load_examples
 from luthier.data.task import Examples
 from luthier.encoding.audit import audit_tasks
 from luthier.errors import UserError
-from luthier.models.base import DEFAULT_CONTEXT
-from luthier.models.load import context_length, read_tokenizer
 from luthier.recipe import Recipe
 
 
@@ -20,12 +16,10 @@ def audit(recipe: Recipe, loaded: Sequence[Examples] | None = None) -> list[Find
     A kind named in the recipe's `allow` is a warning. Raises UserError for data that cannot be read at all.
     """
     if loaded is None:
-        loaded = [load_examples(task, Path(recipe.data), recipe.seed) for task in recipe.tasks]
-    tokenizer, config = read_tokenizer(recipe.base)
-    encoder = recipe.encoder(tokenizer, config.is_encoder_decoder, context_length(config, DEFAULT_CONTEXT))
+        loaded = [recipe.examples(task) for task in recipe.tasks]
     named = [(task.name, examples) for task, examples in zip(recipe.tasks, loaded, strict=True)]
     found: list[Finding] = []
-    for (name, _), of_task in zip(named, audit_tasks(encoder, named), strict=True):
+    for (name, _), of_task in zip(named, audit_tasks(recipe.read_encoder(), named), strict=True):
         prefix = f"{name} " if len(named) > 1 else ""
         found += [replace(one, split=f"{prefix}{one.split}") for one in of_task]
     found = [replace(one, level="warning") if one.kind in recipe.allow else one for one in found]

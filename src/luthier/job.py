@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from luthier.audit_rows import audit, stop_on_errors
-from luthier.data.load import load_examples
 from luthier.directory import BASELINE, RunDirectory
 from luthier.errors import Interrupted, UserError
 from luthier.files import write_json, write_whole
@@ -26,9 +25,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool 
     one. A stopped run goes on with `resume`. Raises UserError for a mistake in the recipe or its data
     (nothing is written then) and Interrupted when a signal stopped it (its state is saved).
     """
-    loaded = [
-        (task, load_examples(task, Path(recipe.data), recipe.seed)) for task in (*recipe.tasks, *recipe.retention)
-    ]
+    loaded = [(task, recipe.examples(task)) for task in (*recipe.tasks, *recipe.retention)]
     for task, examples in loaded:
         if not examples.test:
             raise UserError(f"The test split of task {task.name!r} has no rows. Set `test` to a file or a share.")

@@ -1,13 +1,9 @@
 """What is trained on, shown: rendered rows with the trained tokens apart from the prompt's."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from luthier.data.load import load_examples
 from luthier.data.task import Example
 from luthier.errors import UserError
-from luthier.models.base import DEFAULT_CONTEXT
-from luthier.models.load import context_length, read_tokenizer
 from luthier.recipe import Recipe
 
 
@@ -28,11 +24,11 @@ def preview(recipe: Recipe, rows: int = 3) -> list[PreviewRow]:
 
     Raises UserError for a recipe without training rows.
     """
-    tokenizer, config = read_tokenizer(recipe.base)
-    encoder = recipe.encoder(tokenizer, config.is_encoder_decoder, context_length(config, DEFAULT_CONTEXT))
+    encoder = recipe.read_encoder()
+    tokenizer = encoder.tokenizer
     examples: list[Example] = []
     for task in recipe.tasks:
-        examples += load_examples(task, Path(recipe.data), recipe.seed).train[:rows]
+        examples += recipe.examples(task).train[:rows]
     if not examples:
         raise UserError(f"The task {recipe.task.name!r} has no training rows (`train`), so there is nothing to show.")
     shown = []

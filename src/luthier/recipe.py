@@ -9,12 +9,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer, model_validator
 
 from luthier.data.library import task_files
+from luthier.data.load import load_examples
 from luthier.data.mixture import Member, Mixture, TaskOrMixture
-from luthier.data.task import Task
-from luthier.encoding.encoder import Encoder
+from luthier.data.task import Examples, Task
+from luthier.encoding.encoder import Encoder, PromptTokens
 from luthier.errors import UserError, nearest
 from luthier.metrics import metric
-from luthier.models.load import BaseSpec
+from luthier.models.load import DEFAULT_CONTEXT, BaseSpec, context_length, read_tokenizer
 from luthier.shorthand import RETENTION, expand
 from luthier.training.settings import TrainingSettings
 from luthier.tuning import METHODS, FewShot, Full, LoRA, PromptTuning, ZeroShot
@@ -83,6 +84,15 @@ class Recipe(BaseModel):
         chat = bool(tokenizer.chat_template) if self.base.chat == "auto" else self.base.chat
         limit = min(self.max_length, context)
         return Encoder(tokenizer, encoder_decoder=encoder_decoder, chat=chat, max_length=limit)
+
+    def read_encoder(self) -> Encoder:
+        """The encoder of the recipe's base; reads the tokenizer, not the weights."""
+        tokenizer, config = read_tokenizer(self.base)
+        return self.encoder(tokenizer, config.is_encoder_decoder, context_length(config, DEFAULT_CONTEXT))
+
+    def examples(self, task: Task) -> Examples:
+        """A task's rows, split and rendered. Raises UserError as `load_examples` does."""
+        return load_examples(task, Path(self.data), self.seed, counter=lambda: PromptTokens(self.read_encoder()))
 
 
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:

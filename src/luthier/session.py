@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.formats.chat import LOGS, read_conversation
-from luthier.data.formats.flan import FlanTemplate
 from luthier.data.task import Example, Task
-from luthier.data.template import Template
-from luthier.data.templates import resolve_templates
+from luthier.data.templates import AnyTemplate, resolve_templates
 from luthier.directory import RunDirectory
 from luthier.errors import UserError, nearest
 from luthier.models.base import BaseModel
@@ -88,7 +86,7 @@ class Session:
             raise UserError(f"The run {self.directory.path} has no task {name!r}. {nearest(name, tasks)}")
         return tasks[name]
 
-    def _template(self, task: Task) -> Template | FlanTemplate:
+    def _template(self, task: Task) -> AnyTemplate:
         """The task's template, the first where it has several."""
         assert task.template is not None
         return resolve_templates(task.template, task.choices, Path(self.recipe.data))[0].template

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from luthier.data.load import load_examples
 from luthier.data.mixture import Mixture
 from luthier.data.shots import choose_shots, with_shots
 from luthier.data.task import Example, Examples, Task
@@ -53,7 +52,7 @@ def run_stage(directory: RunDirectory, name: str, should_stop: Callable[[], bool
     """Run one stage: a tuning of the recipe, or the baseline. Its result file is written last."""
     after_import = resident_bytes()
     recipe = directory.recipe()
-    tasks = [(task, load_examples(task, Path(recipe.data), recipe.seed)) for task in recipe.tasks]
+    tasks = [(task, recipe.examples(task)) for task in recipe.tasks]
     with Progress(name) as progress:
         if skipped := [row for _, examples in tasks for row in examples.skipped]:
             progress.say(
@@ -193,7 +192,7 @@ def _score_tasks(stage: Stage, name: str, reserve: int) -> dict[str, Any]:
 def _score_retention(stage: Stage, name: str, reserve: int) -> dict[str, Any]:
     scores = {}
     for task in stage.recipe.retention:
-        examples = load_examples(task, Path(stage.recipe.data), stage.recipe.seed)
+        examples = stage.recipe.examples(task)
         scores[task.name] = _score(stage, name, task, examples.test, reserve)
     return scores
 

@@ -1,7 +1,6 @@
 """What a tuning is trained on: its task's rows, or draws from a mixture; and the table of what was drawn."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from luthier.data.forms import InForm, in_form
@@ -48,7 +47,7 @@ def training_rows(
     budget = encoder.max_length - reserve
     each = []
     for entry in flat:
-        shown = in_form(entry, _stored(examples[entry.task.name]), Path(recipe.data), seed, budget, encoder.count)
+        shown = in_form(entry, _stored(examples[entry.task.name]), recipe.examples, seed, budget, encoder.count)
         each.append(encode(shown, f"training ({entry.task.name}, {entry.form})"))
     stream = Mixed(each, [entry.rate for entry in flat], epoch_size(chosen, count), seed)
 

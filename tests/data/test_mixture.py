@@ -9,9 +9,20 @@ import numpy as np
 import pytest
 
 from luthier.data.forms import in_form
-from luthier.data.mixture import Draws, Entry, Member, Mixture, entries, epoch_size, flan2022, scattered
+from luthier.data.mixture import (
+    FLAN2022,
+    INVERTED_WEIGHT,
+    Draws,
+    Entry,
+    Member,
+    Mixture,
+    entries,
+    epoch_size,
+    flan2022,
+    scattered,
+)
 from luthier.data.stored import ExampleFile, StoredExamples, packed
-from luthier.data.task import Example, Task
+from luthier.data.task import Example, Examples, Task
 from luthier.errors import UserError
 from luthier.recipe import make_recipe
 
@@ -107,6 +118,46 @@ def test_nested_rates_equal_seqios(shared: Path) -> None:
     assert len(found) == 68
 
 
+def test_the_published_counts_give_the_published_rates(shared: Path) -> None:
+    """The released 287 tasks, each in FLAN's entries a form: the preset's weights, caps and forms give every rate."""
+    gold = json.loads((shared / "gold" / "mixture_rates.json").read_text())["B_flan2022_published"]
+    named = {"flan2021_submix": "muffin", "t0_submix": "t0", "niv2_submix": "niv2", "cot_submix": "cot", "dialog_submix": "dialog"}  # fmt: skip
+    # A few-shot form with options has two entries, of five shots and of any number, each capped on its own.
+    counted = {
+        "zero_shot_options": ["zero_shot"],
+        "zero_shot": ["zero_shot"],
+        "few_shot_options": ["five_shot", "x_shot"],
+        "few_shot": ["x_shot"],
+    }
+    sizes: dict[str, int] = {}
+
+    def form_of(kind: str, names: list[str], cap: int) -> Mixture:
+        inner = []
+        for name in names:
+            for entry in counted[kind]:
+                sizes[f"{name}|{kind}|{entry}"] = gold["num_cases"][name.partition(" | ")[2]][entry]
+                inner.append(Member(task(f"{name}|{kind}|{entry}")))
+        return Mixture(inner, name=f"{names[0]} {kind}", cap=cap)
+
+    members = []
+    for submix, source in named.items():
+        weight, cap, forms = FLAN2022[source]
+        names = [name for name in gold["expected_by_submix_task"] if name.startswith(f"{submix} | ")]
+        direct = [name for name in names if "input_inversion" not in name]
+        inverted = [name for name in names if name not in direct]
+        parts = []
+        for kind in forms:
+            both = [Member(form_of(kind, direct, cap), rate=1.0)]
+            both += [Member(form_of(kind, inverted, cap), rate=INVERTED_WEIGHT)] if inverted else []
+            parts.append(Member(Mixture(both, name=f"{source} {kind}"), rate=forms[kind]))
+        members.append(Member(Mixture(parts, name=source), rate=weight))
+    found: Counter[str] = Counter()
+    for name, rate in rates(Mixture(members), sizes).items():
+        found[name.partition("|")[0] + "|" + name.partition("|")[2].partition("|")[0]] += rate
+    assert len(found) == 287
+    assert dict(found) == pytest.approx(gold["expected_by_submix_task"], abs=6e-8)
+
+
 def test_inverted_sources_stand_inside_theirs() -> None:
     one = lambda name: {"name": name, "template": "x ||| y"}  # noqa: E731
     sources = {"cot": [one("c")], "cot_inverted": [one("ci")], "dialog": [one("d")]}
@@ -174,10 +225,14 @@ def stored(folder: Path, examples: list[Example]) -> StoredExamples:
     return StoredExamples(folder, "train", len(examples))
 
 
+def load_nothing(task: Task) -> Examples:
+    raise AssertionError("this form needs no template of its own")
+
+
 def test_forms_of_the_prompt(tmp_path: Path) -> None:
     train = stored(tmp_path, [example(n) for n in range(8)])
     shown = lambda form, budget=10**6: in_form(  # noqa: E731
-        Entry(task("a"), form, 3, 1.0), train, Path(), 0, budget, lambda one: 10 * (1 + len(one.shots))
+        Entry(task("a"), form, 3, 1.0), train, load_nothing, 0, budget, lambda one: 10 * (1 + len(one.shots))
     )
     assert shown("zero_shot") == train
     assert shown("zero_shot_options")[2].prompt == "question 2\n\nOPTIONS:\n- yes\n- no"
@@ -219,11 +274,23 @@ def test_reasons_before_the_answer(tmp_path: Path) -> None:
     )
     assert isinstance(recipe.task, Mixture)
     entry = entries(recipe.task, lambda one: 10)[1]
-    shown = in_form(entry, stored(tmp_path, []), tmp_path, 0, 100, lambda one: 1)
+    shown = in_form(entry, stored(tmp_path, []), recipe.examples, 0, 100, lambda one: 1)
     assert {(one.prompt, one.completion) for one in shown} < {
         (f"q{n} Step by step.", f"since {n}, so {n}") for n in range(10)
     }
     assert len(shown) == 8
+
+
+def test_from_the_answer_back_to_the_question(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"q{n}", "a": str(n)}) + "\n" for n in range(10)))
+    given = {"template": "{{ q }} ||| {{ a }}", "inverted": "What gives {{ a }}? ||| {{ q }}", "train": "rows.jsonl"}
+    member = {"task": given, "forms": {"zero_shot": 1, "inverted": 0.3}}
+    recipe = make_recipe({"data": str(tmp_path), "task": {"tasks": [member]}, "tunings": ["zero_shot"]})
+    assert isinstance(recipe.task, Mixture)
+    entry = entries(recipe.task, lambda one: 10)[1]
+    assert (entry.form, entry.rate) == ("inverted", pytest.approx(0.3 / 1.3))
+    shown = in_form(entry, stored(tmp_path, []), recipe.examples, 0, 100, lambda one: 1)
+    assert {(one.prompt, one.completion) for one in shown} < {(f"What gives {n}?", f"q{n}") for n in range(10)}
 
 
 @pytest.mark.parametrize(
@@ -239,6 +306,7 @@ def test_reasons_before_the_answer(tmp_path: Path) -> None:
         ({"tasks": [{"tempate": "x"}]}, "Did you mean 'template'"),
         ({"tasks": [{"task": {"template": "x"}, "forms": {"one_shot": 1}}]}, "forms.one_shot"),
         ({"tasks": [{"task": {"template": "x"}, "forms": {"chain_of_thought": 1}}]}, "no `chain_of_thought` template"),
+        ({"tasks": [{"task": {"template": "x"}, "forms": {"inverted": 1}}]}, "no `inverted` template"),
         ({"preset": "flan", "sources": {}}, "unknown mixture preset 'flan'"),
         ({"preset": "flan2022"}, "needs `sources`"),
     ],

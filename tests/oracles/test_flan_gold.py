@@ -15,6 +15,9 @@ from luthier.data.formats.flan import (
     natural_instructions,
     zero_shot,
 )
+from luthier.data.forms import framed
+from luthier.data.task import Example
+from luthier.data.templates import NamedTemplate
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,19 @@ def test_any_number_of_shots(cases: list[dict]) -> None:
         shown = [(pattern, one) for one in literal(case["exemplar_fields"])]
         pair = few_shot((pattern, case["query_fields"]), shown, folded=True)
         assert (pair.inputs, pair.targets) == (case["expected_inputs"], case["expected_targets"]), case
+
+
+def test_a_mixtures_few_shot_form(cases: list[dict]) -> None:
+    """The same through a task's rendered rows, as a recipe has it: rows are framed after they were rendered."""
+    for case in kinds(cases, "x_shot"):
+        template = NamedTemplate("flan", FlanTemplate(Pattern(**case["pattern"])), outside=False)
+
+        def row(values: dict, template: NamedTemplate = template) -> Example:
+            prompt, completion = template.template.parts(values, "row")
+            return Example("row", prompt, completion, frame=template.frame(values, "row"))
+
+        found = framed(row(case["query_fields"]), [row(one) for one in literal(case["exemplar_fields"])])
+        assert (found.prompt, found.completion) == (case["expected_inputs"], case["expected_targets"]), case
 
 
 def test_natural_instructions(cases: list[dict]) -> None:

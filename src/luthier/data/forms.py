@@ -1,24 +1,27 @@
-"""The forms in which a mixture shows a task's training rows: alone, behind examples, with its answer choices, with reasons."""
+"""The forms in which a mixture shows a task's training rows: alone, behind examples, with its answer choices, with
+reasons, from the answer back to the question.
+"""
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from luthier.cached import digest
 from luthier.data.formats.flan import options_field
+from luthier.data.formats.flan_file import SETS
 from luthier.data.lazy import Lazy
-from luthier.data.load import load_examples
 from luthier.data.mixture import Entry
 from luthier.data.shots import with_shots
 from luthier.data.stored import StoredExamples
-from luthier.data.task import Example
+from luthier.data.task import Example, Examples, Task
+from luthier.data.templates import FLAN, in_set
 
 
 class InForm(Lazy[Example]):
     """A task's training examples in an entry's form, each made when it is asked for.
 
-    A few-shot row has its own shots, drawn by seed and row from the other rows, as many as fit `budget` tokens.
+    A few-shot row has its own shots, drawn by seed and row from the other rows, as many as fit `budget` tokens. `listed`
+    puts FLAN's list of answer choices below a prompt; a task without choices stays as it is.
     """
 
     def __init__(
@@ -29,9 +32,10 @@ class InForm(Lazy[Example]):
         seed: int,
         budget: int,
         count_tokens: Callable[[Example], int],
+        listed: bool,
     ):
         self.train, self.seed, self.budget, self.count_tokens = train, seed, budget, count_tokens
-        self.options, self.shots = entry.form.endswith("_options"), entry.shots
+        self.listed, self.shots = listed, entry.shots
         self.few_shot = entry.form.startswith("few_shot")
         self.key = digest([key, entry.form, *([entry.shots, seed, budget] if self.few_shot else [])])
 
@@ -43,35 +47,71 @@ class InForm(Lazy[Example]):
         example = self._shown(place)
         if not self.few_shot:
             return example
-        return with_shots(example, self._drawn(place, example), self.budget, self.count_tokens)
+        drawn = self._drawn(place, example)
+        if example.frame is None:
+            return with_shots(example, [(one.prompt, one.completion) for one in drawn], self.budget, self.count_tokens)
+        for kept in range(len(drawn), 0, -1):
+            fuller = framed(example, drawn[:kept])
+            if self.count_tokens(fuller) <= self.budget:
+                return fuller
+        return example
 
     def _shown(self, place: int) -> Example:
-        """Where asked for, with FLAN's list of answer choices below the prompt; a task without choices stays as it is."""
         example = self.train[place]
-        if not (self.options and example.choices):
+        if not (self.listed and example.choices):
             return example
         return replace(example, prompt=f"{example.prompt}\n\n{options_field(example.choices)}")
 
-    def _drawn(self, own: int, example: Example) -> list[tuple[str, str]]:
+    def _drawn(self, own: int, example: Example) -> list[Example]:
         draws = random.Random(f"shots {self.seed} {example.id} {example.prompt}")
-        found: list[tuple[str, str]] = []
+        found: list[Example] = []
         for place in draws.sample(range(len(self)), min(self.shots + 1, len(self))):
             if len(found) < self.shots and place != own:
                 shown = self._shown(place)
                 if shown.completion:
-                    found.append((shown.prompt, shown.completion))
+                    found.append(shown)
         return found
 
 
+def framed(example: Example, exemplars: Sequence[Example]) -> Example:
+    """An example behind exemplars with FLAN's few-shot delimiters, each row with its own pattern's."""
+    frame = example.frame
+    assert frame is not None
+    shown = [
+        f"{one.frame.opening}{one.prompt}{one.frame.asking}{one.completion}"
+        for one in exemplars
+        if one.frame is not None
+    ]
+    body = frame.separator.join([*shown, f"{frame.opening}{example.prompt}{frame.asking}"]).rstrip(" ")
+    return replace(example, prompt=f"{frame.before}{body}{frame.after}", frame=None)
+
+
 def in_form(
-    entry: Entry, train: StoredExamples, folder: Path, seed: int, budget: int, count_tokens: Callable[[Example], int]
+    entry: Entry,
+    train: StoredExamples,
+    load: Callable[[Task], Examples],
+    seed: int,
+    budget: int,
+    count_tokens: Callable[[Example], int],
 ) -> StoredExamples | InForm:
-    """The training examples of an entry's task in the entry's form; `budget` and `count_tokens` limit the shots."""
-    if entry.form == "chain_of_thought":
-        assert entry.task.chain_of_thought is not None
-        reasoned = load_examples(replace(entry.task, template=entry.task.chain_of_thought, choices=None), folder, seed)
-        assert isinstance(reasoned.train, StoredExamples)
-        return reasoned.train
-    if entry.form == "zero_shot":
-        return train
-    return InForm(entry, train, train.key, seed, budget, count_tokens)
+    """The training examples of an entry's task in the entry's form; `budget` and `count_tokens` limit the shots.
+
+    `load` reads the task once more where the form has a template of its own.
+    """
+    task, form = entry.task, entry.form
+    if form in ("chain_of_thought", "inverted"):
+        return _stored(load(replace(task, template=getattr(task, form), choices=None)))
+    own = next(kind for kind, of in SETS.items() if of == form)
+    pairs = isinstance(task.template, str) and task.template.startswith(FLAN)
+    if pairs:
+        assert isinstance(task.template, str)
+        train = _stored(load(replace(task, template=in_set(task.template, own))))
+    listed = form.endswith("_options") and not pairs  # FLAN's pairs say themselves where the choices stand
+    if form.startswith("few_shot") or listed:
+        return InForm(entry, train, train.key, seed, budget, count_tokens, listed)
+    return train
+
+
+def _stored(examples: Examples) -> StoredExamples:
+    assert isinstance(examples.train, StoredExamples)
+    return examples.train

@@ -3,14 +3,16 @@
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from luthier.cached import cached, code_digest, digest
 from luthier.data.formats.chat import read_conversation
+from luthier.data.formats.superni import TokenCounter
 from luthier.data.rows import Row
 from luthier.data.source import Source, iterate_rows, source_digest
 from luthier.data.stored import ExampleFile, StoredExamples, packed
@@ -24,20 +26,28 @@ CHUNK = 1000
 # Fewer rows than this are rendered here: starting workers takes a second.
 FEW = 20 * CHUNK
 # What of a task does not change its examples.
-_UNSEEN = ("name", "metrics", "max_new_tokens", "chain_of_thought", "train", "validation", "test")
+_UNSEEN = ("name", "metrics", "max_new_tokens", "chain_of_thought", "inverted", "train", "validation", "test")
 
 Asked = tuple[Split, Row]
 # A line to store, or the row that was skipped; whether its completion is empty.
 Answer = tuple[Split, bytes, str, bool]
 
 
-def load_examples(task: Task, folder: Path, seed: int, workers: int | None = None) -> Examples:
+def load_examples(
+    task: Task,
+    folder: Path,
+    seed: int,
+    workers: int | None = None,
+    counter: Callable[[], TokenCounter] | None = None,
+) -> Examples:
     """Read, split and render a task, or open what an earlier call rendered of the same content.
 
-    Many rows are rendered by `workers` processes, by default one a core. Raises UserError for unreadable rows, a
-    split without rows and a split whose targets are all empty.
+    Many rows are rendered by `workers` processes, by default one a core. `counter` gives the base's tokens to templates
+    that fit a prompt into a limit. Raises UserError for unreadable rows, a split without rows and a split whose
+    targets are all empty.
     """
     templates = resolve_templates(task.template, task.choices, folder) if task.template is not None else []
+    tokens = counter() if counter and any(one.counts for one in templates) else None
     given = {split: getattr(task, split) for split in SPLITS}
     key = digest(
         {
@@ -45,25 +55,26 @@ def load_examples(task: Task, folder: Path, seed: int, workers: int | None = Non
             "seed": seed,
             "settings": {name: value for name, value in asdict(task).items() if name not in _UNSEEN},
             "templates": [one.identity() for one in templates],
+            "tokens": tokens.identity() if tokens else None,
             "splits": {
                 split: source_digest(one, folder) if isinstance(one, Source) else one for split, one in given.items()
             },
         }
     )
-    made = cached("examples", key, lambda place: _render_all(task, folder, seed, workers, place))
+    made = cached("examples", key, lambda place: _render_all(Renderer(task, folder, seed, tokens), workers, place))
     index = json.loads((made / "index.json").read_text())
     stored = {split: StoredExamples(made, split, index["rows"][split]) for split in SPLITS}
     return Examples(**stored, skipped=index["skipped"])
 
 
-def _render_all(task: Task, folder: Path, seed: int, workers: int | None, place: Path) -> None:
+def _render_all(renderer: "Renderer", workers: int | None, place: Path) -> None:
+    task = renderer.task
     files = {split: ExampleFile(place, split) for split in SPLITS}
     filled: Counter[str] = Counter()
     first: dict[str, str] = {}
     skipped: list[str] = []
-    renderer = Renderer(task, folder, seed)
     try:
-        for answers in _rendered(renderer, _chunks(_asked(task, folder, seed)), workers):
+        for answers in _rendered(renderer, _chunks(_asked(task, renderer.folder, renderer.seed)), workers):
             for split, line, name, empty in answers:
                 if not line:
                     skipped.append(name)
@@ -175,15 +186,15 @@ def _evenly(pool: Sequence[int], labels: Sequence[str]) -> list[int]:
 class Renderer:
     """Renders rows; what it holds can be sent to a worker process."""
 
-    def __init__(self, task: Task, folder: Path, seed: int):
-        self.task, self.folder, self.seed = task, folder, seed
+    def __init__(self, task: Task, folder: Path, seed: int, tokens: TokenCounter | None):
+        self.task, self.folder, self.seed, self.tokens = task, folder, seed, tokens
         self._templates: list[NamedTemplate] | None = None
         self._worker = RenderWorker()
 
-    def __getstate__(self) -> tuple[Task, Path, int]:
-        return self.task, self.folder, self.seed
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.task, self.folder, self.seed, self.tokens
 
-    def __setstate__(self, state: tuple[Task, Path, int]) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
     def __call__(self, rows: Sequence[Asked]) -> list[Answer]:
@@ -207,39 +218,37 @@ class Renderer:
         if len(chosen) > 1 and (split != "train" or task.template_choice == "seeded"):
             chosen = [random.Random(f"template {self.seed} {row.id}").choice(chosen)]
         for template in chosen:
-            example = _render(task, template, row, references, self.seed, self._worker)
+            example = self._render(template, row, references)
             yield _answer(split, example) if example else (split, b"", f"{row.id} ({template.name})", True)
+
+    def _render(self, template: NamedTemplate, row: Row, references: list[str]) -> Example | None:
+        """One example; None where a template from outside gives no prompt or no completion for this row."""
+        parts, choices = template.render(row.values, row.id, self.seed, self._worker, self.tokens)
+        if template.outside and (len(parts) < 2 or not parts[0]):
+            return None
+        if len(parts) == 1:
+            raise UserError(
+                f"{row.id}: the template has no completion. Write `prompt ||| completion`, for example "
+                "`Summarise: {{ dialogue }} ||| {{ summary }}`."
+            )
+        if len(parts) > 2:
+            raise UserError(
+                f"{row.id}: the template renders to {len(parts)} parts; one '|||' between prompt and completion is allowed."
+            )
+        prompt, completion = parts
+        return Example(
+            id=row.id,
+            prompt=prompt,
+            completion=completion,
+            references=_references(row, references) or (completion,),
+            choices=choices,
+            system=self.task.system,
+            frame=template.frame(row.values, row.id),
+        )
 
 
 def _answer(split: Split, example: Example) -> Answer:
     return split, packed(example), example.id, not example.completion
-
-
-def _render(
-    task: Task, template: NamedTemplate, row: Row, references: list[str], seed: int, worker: RenderWorker
-) -> Example | None:
-    """One example; None where a template from outside gives no prompt or no completion for this row."""
-    parts, choices = template.render(row.values, row.id, seed, worker)
-    if template.outside and (len(parts) < 2 or not parts[0]):
-        return None
-    if len(parts) == 1:
-        raise UserError(
-            f"{row.id}: the template has no completion. Write `prompt ||| completion`, for example "
-            "`Summarise: {{ dialogue }} ||| {{ summary }}`."
-        )
-    if len(parts) > 2:
-        raise UserError(
-            f"{row.id}: the template renders to {len(parts)} parts; one '|||' between prompt and completion is allowed."
-        )
-    prompt, completion = parts
-    return Example(
-        id=row.id,
-        prompt=prompt,
-        completion=completion,
-        references=_references(row, references) or (completion,),
-        choices=choices,
-        system=task.system,
-    )
 
 
 def _references(row: Row, columns: list[str]) -> tuple[str, ...]:
@@ -248,7 +257,8 @@ def _references(row: Row, columns: list[str]) -> tuple[str, ...]:
         raise UserError(
             f"{row.id} has no column {missing[0]!r} (asked for by `references`). It has: {', '.join(map(str, row.values))}."
         )
-    return tuple(str(row.values[column]) for column in columns)
+    given = [row.values[column] for column in columns]
+    return tuple(str(text) for one in given for text in (one if isinstance(one, (list, tuple)) else [one]))
 
 
 def _conversation(task: Task, row: Row, references: list[str]) -> Example:

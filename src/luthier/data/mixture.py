@@ -17,7 +17,7 @@ from pydantic import Discriminator, Tag
 from luthier.data.task import Task
 from luthier.errors import UserError, nearest
 
-Form = Literal["zero_shot", "few_shot", "zero_shot_options", "few_shot_options", "chain_of_thought"]
+Form = Literal["zero_shot", "few_shot", "zero_shot_options", "few_shot_options", "chain_of_thought", "inverted"]
 
 
 def _kind(given: Any) -> str:
@@ -29,7 +29,8 @@ class Member:
     """A task of a mixture: its rate, and the shares of the forms in which its rows are shown.
 
     `few_shot` puts up to `shots` other training rows into the prompt; `_options` lists the answer choices below
-    it; `chain_of_thought` uses the task's template of that name.
+    it; `chain_of_thought` and `inverted` use the task's templates of these names. A task of FLAN pairs uses the pairs its
+    file has for a form, and FLAN's own few-shot delimiters.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -48,8 +49,9 @@ class Member:
             raise ValueError(f"shots is {self.shots}; it must be at least 1")
         if isinstance(self.task, Mixture) and self.forms != {"zero_shot": 1.0}:
             raise ValueError("forms belong to the tasks of an inner mixture, not to the mixture")
-        if isinstance(self.task, Task) and self.forms.get("chain_of_thought") and not self.task.chain_of_thought:
-            raise ValueError(f"task {self.task.name!r} has no `chain_of_thought` template, which `forms` asks for")
+        for form in ("chain_of_thought", "inverted"):
+            if isinstance(self.task, Task) and self.forms.get(form) and not getattr(self.task, form):
+                raise ValueError(f"task {self.task.name!r} has no `{form}` template, which `forms` asks for")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from luthier.cached import mapped
 from luthier.data.lazy import Lazy
-from luthier.data.task import Example
+from luthier.data.task import Example, Frame
 
 _DEFAULTS = {one.name: one.default for one in fields(Example)}
 
@@ -76,6 +76,8 @@ class ExampleFile:
 def packed(example: Example) -> bytes:
     """An example as a line of JSON, without what is as by default."""
     values = {name: value for name, value in vars(example).items() if name == "id" or value != _DEFAULTS.get(name)}
+    if example.frame:
+        values["frame"] = tuple(vars(example.frame).values())
     if values.get("references") == (example.completion,):
         values["references"] = 1  # the completion itself
     return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
@@ -93,4 +95,5 @@ def unpacked(values: dict[str, Any]) -> Example:
         system=values.get("system"),
         shots=tuple((question, answer) for question, answer in values.get("shots", ())),
         learnt=values.get("learnt", 0),
+        frame=Frame(*values["frame"]) if "frame" in values else None,
     )

@@ -31,15 +31,16 @@ class Task:
     """What to learn and how to judge it.
 
     `format` reads chat logs instead: every answer of a conversation is learnt, a row's own system prompt goes before
-    `system`. `template` is Jinja text (``prompt ||| completion``), ``promptsource:FOLDER/name``, ``flan:FILE/task``, a path to a templates.yaml, or a
+    `system`. `template` is Jinja text (``prompt ||| completion``), ``promptsource:FOLDER/name``, ``flan:FILE/task``,
+    ``tk-instruct:def+pos2`` (for Super-NaturalInstructions), a path to a templates.yaml, or a
     list of these. With several, each row takes one by seed, or training rows take each (`template_choice: all`).
     A split is a file (`path`, or `{path, columns, limit}`) or, for validation and test, a share
     (0.1) or a number (50) of the training rows, drawn once with the recipe's seed, each value of the column
     `stratify` in its proportion. `references`
     names columns of the test rows that hold the human answers; without it the completion is the reference.
     `choices` (a list, or Jinja with ``|||``) makes it a classification: the model's most probable
-    choice is its answer. `chain_of_thought` is a second template, with the reasons before the answer, for mixtures
-    that ask for that form.
+    choice is its answer. `chain_of_thought` is a second template, with the reasons before the answer, and `inverted` one
+    from the answer back to the question, for mixtures that ask for these forms.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -53,6 +54,7 @@ class Task:
     format: Format | None = None
     choices: str | list[str] | None = None
     chain_of_thought: str | None = None
+    inverted: str | None = None
     stratify: str | None = None
     template_choice: Literal["seeded", "all"] = "seeded"
     references: list[str] = field(default_factory=list)
@@ -65,8 +67,10 @@ class Task:
                 "a task needs a `template` (prompt ||| completion), or a `format` for chat logs (messages, sharegpt, alpaca)"
                 + (", not both" if self.template is not None else "")
             )
-        if self.format and (self.choices or self.chain_of_thought):
-            raise ValueError(f"`choices` and `chain_of_thought` need a template; the format is {self.format}")
+        if self.format and (self.choices or self.chain_of_thought or self.inverted):
+            raise ValueError(
+                f"`choices`, `chain_of_thought` and `inverted` need a template; the format is {self.format}"
+            )
         for split in (self.validation, self.test):
             if not isinstance(split, Source) and split < 0:
                 raise ValueError(f"a split of {split} rows or share is negative")
@@ -80,10 +84,25 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """What FLAN's few-shot form puts around a row: an exemplar is opening + prompt + asking + completion.
+
+    Exemplars and the question, which ends after `asking`, are joined by `separator` between `before` and `after`.
+    """
+
+    opening: str
+    asking: str
+    before: str
+    after: str
+    separator: str
+
+
+@dataclass(frozen=True)
 class Example:
     """A rendered prompt/completion pair; `shots` are pairs shown inside the prompt.
 
-    The last `learnt` shots are the conversation's own earlier exchanges, whose answers are trained on too.
+    The last `learnt` shots are the conversation's own earlier exchanges, whose answers are trained on too. `frame` is
+    there where the row's template has a few-shot form of its own.
     """
 
     id: str
@@ -94,6 +113,7 @@ class Example:
     system: str | None = None
     shots: tuple[tuple[str, str], ...] = ()
     learnt: int = 0
+    frame: Frame | None = None
 
 
 @dataclass(frozen=True)

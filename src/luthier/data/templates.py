@@ -5,15 +5,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.data.formats.flan import FlanTemplate, find_templates
+from luthier.data.formats.flan import FlanTemplate
+from luthier.data.formats.flan_file import find_templates
 from luthier.data.formats.promptsource import Entry, find_template, read_templates
+from luthier.data.formats.superni import TkInstructTemplate, TokenCounter, read_form
 from luthier.data.library import template_files
+from luthier.data.task import Frame
 from luthier.data.template import Template
 from luthier.data.worker import RenderWorker
 from luthier.errors import UserError, nearest
 
 PREFIX = "promptsource:"
 FLAN = "flan:"
+TK_INSTRUCT = "tk-instruct:"
+
+AnyTemplate = Template | FlanTemplate | TkInstructTemplate
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class NamedTemplate:
     """A template and where it comes from: one of a file is rendered in a limited process of its own."""
 
     name: str
-    template: Template | FlanTemplate
+    template: AnyTemplate
     outside: bool
 
     def identity(self) -> list[Any]:
@@ -31,10 +37,21 @@ class NamedTemplate:
             return [self.name, one.text, one.choice_text, one.strict, self.outside]
         return [self.name, asdict(one)]
 
+    @property
+    def counts(self) -> bool:
+        """Whether what it renders depends on the base's tokens."""
+        return isinstance(self.template, TkInstructTemplate)
+
+    def frame(self, values: Mapping[str, Any], where: str) -> Frame | None:
+        """The few-shot form that the template brings along, where it does."""
+        return Frame(*self.template.frame(values, where)) if isinstance(self.template, FlanTemplate) else None
+
     def render(
-        self, values: Mapping[str, Any], where: str, seed: int, worker: RenderWorker
+        self, values: Mapping[str, Any], where: str, seed: int, worker: RenderWorker, tokens: TokenCounter | None
     ) -> tuple[list[str], tuple[str, ...]]:
-        """Parts and answer choices of one row."""
+        """Parts and answer choices of one row; `tokens` is there where `counts` says so."""
+        if isinstance(self.template, TkInstructTemplate):
+            return self.template.parts(values, where, tokens), self.template.choices(values, where) or ()
         if self.outside:
             assert isinstance(self.template, Template)
             parts, choices = worker.parts(self.template, values, where, seed=seed)
@@ -48,7 +65,8 @@ def resolve_templates(
 ) -> list[NamedTemplate]:
     """The templates that `specs` mean; relative files lie in `folder`.
 
-    A spec is Jinja text, ``flan:FILE/task`` (all pairs of a task in a YAML or JSON file), ``promptsource:FOLDER/name`` (a folder with templates.yaml, or a shipped collection) or a
+    A spec is Jinja text, ``flan:FILE/task`` (all pairs of a task in a YAML or JSON file; ``flan:FILE/task@few_shot``: of
+    another set), ``tk-instruct:def+pos2``, ``promptsource:FOLDER/name`` (a folder with templates.yaml, or a shipped collection) or a
     path to a templates.yaml, which means all of its templates. Raises UserError for what is not there.
     """
     found: list[NamedTemplate] = []
@@ -57,6 +75,9 @@ def resolve_templates(
             found.append(_outside(_by_reference(spec.removeprefix(PREFIX), folder)))
         elif spec.startswith(FLAN):
             found += _flan(spec.removeprefix(FLAN), choices, folder)
+        elif spec.startswith(TK_INSTRUCT):
+            form = read_form(spec.removeprefix(TK_INSTRUCT), _listed(choices, spec))
+            found.append(NamedTemplate(spec, form, outside=False))
         elif spec.endswith((".yaml", ".yml")) and "\n" not in spec and "{" not in spec:
             found += [_outside(entry) for entry in read_templates(folder / Path(spec).expanduser()).values()]
         else:
@@ -66,15 +87,24 @@ def resolve_templates(
     return found
 
 
+def in_set(spec: str, kind: str) -> str:
+    """The spec of a FLAN task's pairs in another set."""
+    return f"{spec.partition('@')[0]}@{kind}"
+
+
 def _flan(reference: str, choices: str | Sequence[str] | None, folder: Path) -> list[NamedTemplate]:
     file, slash, task = reference.rpartition("/")
+    task, _, kind = task.partition("@")
     if not slash or not file.endswith((".yaml", ".yml", ".json")):
         raise UserError(f"'{FLAN}{reference}' names no pairs. Write {FLAN}FILE.yaml/TASK; FILE lies in `data`.")
-    if isinstance(choices, str):
-        raise UserError(f"'{FLAN}{reference}': FLAN pairs take `choices` as a list, not as Jinja.")
-    fixed = None if choices is None else tuple(map(str, choices))
-    found = find_templates(folder / Path(file).expanduser(), task, fixed)
+    found = find_templates(folder / Path(file).expanduser(), task, _listed(choices, FLAN + reference), kind or "pairs")
     return [NamedTemplate(f"{task} {number}", template, outside=False) for number, template in enumerate(found, 1)]
+
+
+def _listed(choices: str | Sequence[str] | None, spec: str) -> tuple[str, ...] | None:
+    if isinstance(choices, str):
+        raise UserError(f"'{spec}' takes `choices` as a list, not as Jinja.")
+    return None if choices is None else tuple(map(str, choices))
 
 
 def _outside(entry: Entry) -> NamedTemplate:

@@ -110,12 +110,12 @@ class Encoder:
 
     def prompt_ids(self, example: Example) -> list[int]:
         """Token ids of the prompt, uncut."""
-        ids = self._ids(self.prompt_text(example))
+        ids = self.text_ids(self.prompt_text(example))
         return ids if self.chat else [*self._before, *ids, *self._after]
 
     def target_ids(self, completion: str) -> list[int]:
         """Token ids of a completion, with its one end token."""
-        return [*self._ids(completion), self.end]
+        return [*self.text_ids(completion), self.end]
 
     def count(self, example: Example) -> int:
         """Tokens of prompt and target together (for an encoder-decoder: of the prompt)."""
@@ -185,11 +185,17 @@ class Encoder:
         """Text of generated ids, without special tokens, stripped."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def _ids(self, text: str) -> list[int]:
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text alone, with nothing around it."""
         return self._read(text)
 
+    @property
+    def tokens_before(self) -> int:
+        """Tokens that the tokenizer puts before every plain text."""
+        return len(self._before)
+
     def _wrapping(self) -> tuple[list[int], list[int]]:
-        bare, wrapped = self._ids("a"), list(self.tokenizer("a").input_ids)
+        bare, wrapped = self.text_ids("a"), list(self.tokenizer("a").input_ids)
         for start in range(len(wrapped) - len(bare) + 1):
             if wrapped[start : start + len(bare)] == bare:
                 # A decoder-only prompt goes on with the completion: nothing may stand after it.
@@ -202,7 +208,32 @@ class Encoder:
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
         after = str(self.tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(mark)[2]
         special = set(self.tokenizer.all_special_ids)
-        return next((token for token in self._ids(after) if token in special), self.tokenizer.eos_token_id)
+        return next((token for token in self.text_ids(after) if token in special), self.tokenizer.eos_token_id)
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """How long a prompt is to an encoder's base: for templates that build a prompt within a limit."""
+
+    encoder: Encoder
+
+    def count(self, text: str) -> int:
+        """Tokens of a prompt, with those that the tokenizer or the chat template puts around it."""
+        return len(self.encoder.prompt_ids(Example("", text, "")))
+
+    def head(self, text: str, limit: int) -> str:
+        """The text of the first tokens: `limit` with those before it (a chat's turn: with all around it)."""
+        ids = self.encoder.text_ids(text)
+        around = self.count(text) - len(ids) if self.encoder.chat else self.encoder.tokens_before
+        return str(
+            self.encoder.tokenizer.decode(
+                ids[: limit - around], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def identity(self) -> list[Any]:
+        """All that decides these numbers."""
+        return self.encoder.identity()
 
 
 def cut_middle(ids: list[int], room: int) -> list[int]:

@@ -16,13 +16,18 @@ from luthier.models.allocator import keep_freed_memory
 from luthier.models.attention import Packing
 from luthier.models.batch import Batch, Packed, Segment
 from luthier.models.grafts import EVERYTHING, Grafts
-from luthier.models.load import BaseSpec, context_length, read_model, read_skeleton, resolve_device, resolve_dtype
+from luthier.models.load import (
+    DEFAULT_CONTEXT,
+    BaseSpec,
+    context_length,
+    read_model,
+    read_skeleton,
+    resolve_device,
+    resolve_dtype,
+)
 
 # Families whose rows may share one packed sequence; each passed the leakage test.
 PACKED_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma2"}
-
-# A model that states no limit of its own (T5 has relative positions) is used up to this many tokens.
-DEFAULT_CONTEXT = 4096
 
 
 class BaseModel:

@@ -17,6 +17,9 @@ from luthier.models.place import Place, explained
 Dtype = Literal["auto", "bfloat16", "float32", "float16"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
+# A model that states no limit of its own (T5 has relative positions) is used up to this many tokens.
+DEFAULT_CONTEXT = 4096
+
 
 @dataclass(frozen=True)
 class BaseSpec:

@@ -8,11 +8,8 @@ example_separator; last the question, up to where its target would begin.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
-
-import yaml
 
 from luthier.errors import UserError, nearest
 
@@ -177,6 +174,14 @@ class FlanTemplate:
         pair = zero_shot(self.pattern, filled)
         return [pair.inputs.strip(), pair.targets.strip()]
 
+    def frame(self, values: Mapping[str, Any], where: str) -> tuple[str, str, str, str, str]:
+        """What FLAN's form for any number of shots puts around a row: see `luthier.data.task.Frame`."""
+        filled = self._filled(self.fields.of(values, where))
+        question, inputs = _asked(self.pattern, filled), substitute(self.pattern.inputs, filled).strip()
+        opening, _, asking = question.partition(inputs) if inputs else (question, "", "")
+        before, _, after = _wrapped(self.pattern, filled, "\0").partition("\0")
+        return opening, asking, before, after, self.pattern.example_separator
+
     def choices(self, values: Mapping[str, Any], where: str) -> tuple[str, ...] | None:
         """The answer choices of a row, None where there are none."""
         if self.fixed is not None:
@@ -211,57 +216,3 @@ class FlanTemplate:
                     f"{where}: no column {name!r}, which the pair uses. {nearest(name, columns)} "
                     f"The row has: {', '.join(columns)}."
                 )
-
-
-def find_templates(path: Path, task: str, choices: tuple[str, ...] | None) -> list[FlanTemplate]:
-    """A task's pairs of a file; an unknown task is a UserError with the nearest."""
-    content = _content(path)
-    if task not in content:
-        raise UserError(f"{path} has no pairs for a task {task!r}. {nearest(task, content)}")
-    given = content[task].get("fields", {}) if isinstance(content[task], dict) else {}
-    try:
-        made = Fields(**given)
-        for rewrites in made.replace.values():
-            for old, _ in rewrites:
-                re.compile(old)
-    except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise UserError(f"{path}: {task}: `fields` has replace, labels and add: {error}.") from None
-    patterns = read_patterns(path)[task]
-    return [FlanTemplate(pattern, choices, made) for pattern in patterns]
-
-
-def read_patterns(path: Path) -> dict[str, list[Pattern]]:
-    """Template pairs by task from a YAML or JSON file: {task: [{inputs, targets, ...}]}, or {task: {fields, pairs}}.
-
-    Raises UserError for a file that is none and for an unknown key.
-    """
-    found = {}
-    for task, pairs in _content(path).items():
-        listed = pairs["pairs"] if isinstance(pairs, dict) else pairs
-        found[task] = [_pattern(pair, f"{path}: {task}, pair {number}") for number, pair in enumerate(listed, 1)]
-    return found
-
-
-def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} could not be read: {' '.join(str(error).split())[:200]}") from None
-    sound = lambda pairs: isinstance(pairs.get("pairs") if isinstance(pairs, dict) else pairs, list)  # noqa: E731
-    if not isinstance(content, dict) or not all(sound(pairs) for pairs in content.values()):
-        raise UserError(
-            f"{path} is no FLAN file: task names, each with a list of template pairs, or with `fields` and `pairs`."
-        )
-    return {str(task): pairs for task, pairs in content.items()}
-
-
-def _pattern(pair: Any, where: str) -> Pattern:
-    if isinstance(pair, list) and len(pair) == 2:  # the short form: [inputs, targets]
-        pair = {"inputs": pair[0], "targets": pair[1]}
-    if not isinstance(pair, dict) or not {"inputs", "targets"} <= pair.keys():
-        raise UserError(f"{where} must hold `inputs` and `targets`.")
-    allowed = [one.name for one in fields(Pattern)]
-    for key in pair:
-        if key not in allowed:
-            raise UserError(f"{where}: unknown key {key!r}. {nearest(str(key), allowed)}")
-    return Pattern(**{key: str(value) for key, value in pair.items()})

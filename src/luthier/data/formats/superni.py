@@ -9,10 +9,29 @@ Examples are added while definition, examples and input fit the limit; the first
 kind. A source that is too long all the same keeps its beginning.
 """
 
+import re
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+from luthier.errors import UserError, nearest
+
+# Tokens of a source, as Tk-Instruct was trained.
+LIMIT = 1024
+
+
+class TokenCounter(Protocol):
+    """How long a text is to the base: what a prompt that must fit is built with."""
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, with those the tokenizer puts around it."""
+
+    def head(self, text: str, limit: int) -> str:
+        """The text of the first `limit` tokens."""
+
+    def identity(self) -> list[Any]:
+        """All that decides these numbers, as JSON can say it."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +43,75 @@ class TkInstruct:
     positives: int = 0
     negatives: int = 0
     explanations: bool = False
+
+
+@dataclass(frozen=True)
+class TkInstructTemplate:
+    """A Tk-Instruct form used as a task's template, for the rows of Super-NaturalInstructions' task files.
+
+    Within `limit` tokens, end token included; a prompt for a new text is not limited.
+    """
+
+    form: TkInstruct
+    limit: int
+    fixed: tuple[str, ...] | None = None
+
+    def parts(self, values: Mapping[str, Any], where: str, tokens: TokenCounter | None) -> list[str]:
+        """Prompt and completion; raises UserError for a row of another kind."""
+        if "output" not in values:
+            raise UserError(f"{where}: no column 'output'. The row has: {', '.join(map(str, values))}.")
+        return [self.render_prompt(values, where, tokens), str(values["output"])]
+
+    def choices(self, values: Mapping[str, Any], where: str) -> tuple[str, ...] | None:
+        """The task's answer choices."""
+        return self.fixed
+
+    def prompt_variables(self) -> set[str]:
+        """Names of the columns that must be there."""
+        return {"definition", "input"} if self.form.definition else {"input"}
+
+    def render_prompt(self, values: Mapping[str, Any], where: str, tokens: TokenCounter | None = None) -> str:
+        """The prompt alone, as long as `tokens` allows."""
+        for name in [*sorted(self.prompt_variables()), *(["task"] if self.form.name else [])]:
+            if name not in values:
+                raise UserError(
+                    f"{where}: no column {name!r}, which tk-instruct prompts are made of (Super-NaturalInstructions' task "
+                    f"files have it). {nearest(name, map(str, values))}"
+                )
+        instance = {
+            "Task": values.get("task", ""),
+            "Definition": values.get("definition", ""),
+            "Positive Examples": values.get("positive_examples") or [],
+            "Negative Examples": values.get("negative_examples") or [],
+            "Instance": {"input": values["input"]},
+        }
+        if tokens is None:
+            return build_source(instance, self.form, 1, lambda _: 0, lambda text, _: text).text
+        return build_source(instance, self.form, self.limit, tokens.count, tokens.head).text
+
+
+def read_form(text: str, choices: tuple[str, ...] | None) -> TkInstructTemplate:
+    """The template that ``def+pos2+neg2+expl@1024`` means: parts of the prompt, and the limit in tokens.
+
+    Raises UserError for another part.
+    """
+    named, _, limit = text.partition("@")
+    given: dict[str, Any] = {"definition": False}
+    words = {"name": "name", "def": "definition", "expl": "explanations"}
+    for part in named.split("+"):
+        found = re.fullmatch(r"(pos|neg)(\d+)", part)
+        if found:
+            given["positives" if found[1] == "pos" else "negatives"] = int(found[2])
+        elif part in words:
+            given[words[part]] = True
+        else:
+            raise UserError(
+                f"'tk-instruct:{text}': unknown part {part!r}. {nearest(part, [*words, 'pos2', 'neg2'])} Write, for example, "
+                "tk-instruct:def+pos2 or tk-instruct:name+def+pos2+neg2+expl@1024 (name, def, posN, negN, expl; @ a limit in tokens)."
+            )
+    if limit and (not limit.isdigit() or int(limit) < 16):
+        raise UserError(f"'tk-instruct:{text}': the limit {limit!r} must be a number of tokens, at least 16.")
+    return TkInstructTemplate(TkInstruct(**given), int(limit or LIMIT), choices)
 
 
 @dataclass(frozen=True)
