@@ -272,8 +272,28 @@ def command(*arguments: str, **options) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_command_resumes_to_the_same_weights(content: dict, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "rows"),
+    [(signal.SIGINT, "file"), (signal.SIGTERM, "file"), (signal.SIGKILL, "file"), (signal.SIGKILL, "mixture"), (signal.SIGKILL, "stream")],
+)  # fmt: skip
+def test_a_stopped_command_resumes_to_the_same_weights(
+    content: dict, tmp_path: Path, number: signal.Signals, rows: str
+) -> None:
+    if rows != "file":
+        content["task"] |= {"test": {"path": "rows.jsonl", "limit": 6}, "validation": 0}
+        content["allow"] = ["also in training"]
+    if rows == "stream":
+        content["task"]["train"] = {"path": "rows.jsonl", "stream": True, "buffer": 5}
+    if rows == "mixture":
+        other = {**content["task"], "name": "other", "template": "Name: {{ text }} ||| {{ who }}"}
+        content["allow"] += ["in another task's training"]
+        content["task"] = {
+            "name": "who",
+            "tasks": [
+                {"task": content["task"] | {"name": "say"}, "forms": {"zero_shot": 2, "few_shot": 1}, "shots": 2},
+                other,
+            ],
+        }
     content["tunings"] = {"lora": {"rank": 2, "training": {"max_steps": 60, "checkpoint_every": 5}}}
     content["retention"] = []
     recipe = tmp_path / "r.yaml"
@@ -305,7 +325,8 @@ def test_a_stopped_command_resumes_to_the_same_weights(content: dict, tmp_path: 
         ours, theirs = (tmp_path / folder / "tunings" / "lora" / file for folder in ("out", "whole"))
         assert ours.read_bytes() == theirs.read_bytes()
     found = json.loads((out / "report.json").read_text())["tunings"]["lora"]
-    assert found["scores"]["who"]["rouge1"]["value"] == whole.tunings["lora"].scores["who"]["rouge1"].value
+    task, metric = ("say" if rows == "mixture" else "who"), "rouge1"
+    assert found["scores"][task][metric]["value"] == whole.tunings["lora"].scores[task][metric].value
     assert found["peak_memory_bytes"] > found["memory_after_import_bytes"] > 0
     assert len(log.read_text().splitlines()) == len(found["history"])
 

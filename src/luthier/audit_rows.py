@@ -22,6 +22,14 @@ def audit(recipe: Recipe, loaded: Sequence[Examples] | None = None) -> list[Find
     for (name, _), of_task in zip(named, audit_tasks(recipe.read_encoder(), named), strict=True):
         prefix = f"{name} " if len(named) > 1 else ""
         found += [replace(one, split=f"{prefix}{one.split}") for one in of_task]
+    for task, (name, examples) in zip(recipe.tasks, named, strict=True):
+        if task.train and task.train.stream:
+            split = f"{name} train" if len(named) > 1 else "train"
+            advice = (
+                f"{task.train.path} is streamed: of its rows the first {len(examples.train)} in training order were audited "
+                f"(shards in the order of seed {recipe.seed}, shuffled through a buffer of {task.train.buffer}), no others."
+            )
+            found.append(Finding("a sample was audited", "warning", split, len(examples.train), (), "", advice))
     found = [replace(one, level="warning") if one.kind in recipe.allow else one for one in found]
     return sorted(found, key=lambda one: one.level)
 

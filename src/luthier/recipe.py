@@ -73,6 +73,14 @@ class Recipe(BaseModel):
                 if not isinstance(self.task, Mixture):
                     raise ValueError(f"tunings.{name}.tasks chooses from a mixture, but the recipe has one task")
                 self.task.only(tuning.tasks)
+        streamed = [task.name for task in self.tasks if task.train and task.train.stream]
+        for name, tuning in self.tunings.items():
+            trains = hasattr(tuning.method, "defaults") and set(tuning.tasks or streamed) & set(streamed)
+            if trains and tuning.training.max_steps is None:
+                raise ValueError(
+                    f"the training rows of {streamed[0]!r} are streamed and not counted: say how long {name!r} is trained "
+                    "with training.max_steps"
+                )
         for task in (*self.tasks, *self.retention):
             for name in task.judged_by:
                 if name != "loss":

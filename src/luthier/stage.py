@@ -123,9 +123,7 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
     trained = directory.result(f"{name}.trained")
     if trained is None:
         attach(base, name, method, recipe.seed)
-        rows, describe = training_rows(
-            recipe, recipe.tunings[name].tasks, stage.tasks, encoder, reserve, stage.progress.say
-        )
+        rows, describe = training_rows(recipe, recipe.tunings[name], stage.tasks, encoder, reserve, stage.progress.say)
         settings = recipe.tunings[name].training
         stage.progress.begin("training", settings.steps(len(rows)))
         with log_hooks(directory.log(name), directory.path / "tensorboard" / name) as hooks:

@@ -6,16 +6,16 @@ from typing import Any
 from luthier.data.forms import InForm, in_form
 from luthier.data.mixture import entries, epoch_size
 from luthier.data.stored import StoredExamples
-from luthier.data.task import Examples, Task
+from luthier.data.task import Examples, ExampleStream, Task
 from luthier.encoding.encoder import Encoder
-from luthier.encoding.order import Mixed, Shuffled, Stream, step_places
+from luthier.encoding.order import Mixed, Shuffled, Stream, Streamed, step_places
 from luthier.encoding.stored import StoredRows, stored_rows
-from luthier.recipe import Recipe
+from luthier.recipe import Recipe, Tuning
 
 
 def training_rows(
     recipe: Recipe,
-    names: Sequence[str] | None,
+    tuning: Tuning,
     tasks: Sequence[tuple[Task, Examples]],
     encoder: Encoder,
     reserve: int,
@@ -23,8 +23,8 @@ def training_rows(
 ) -> tuple[Stream, Callable[[int, int], dict[str, Any]]]:
     """The rows in their order, and what to report of them after so many steps of that batch size.
 
-    `names` chooses among a mixture's tasks; `reserve` tokens are kept free in every row. Rows are encoded once and
-    kept on disk. `say` is told of prompts that had to be cut.
+    `reserve` tokens are kept free in every row. Rows are encoded once and kept on disk, streamed ones as they come.
+    `say` is told of prompts that had to be cut.
     """
     mixture, seed = recipe.task, recipe.seed
     examples = {task.name: each for task, each in tasks}
@@ -38,15 +38,28 @@ def training_rows(
             )
         return rows
 
+    def streamed(stream: ExampleStream) -> Streamed:
+        assert tuning.training.max_steps is not None, "the recipe asks for it"
+        drawn = tuning.training.max_steps * tuning.training.batch_size
+        return Streamed(stream, lambda one: encoder.encode_all(one, reserve), drawn)
+
     if isinstance(mixture, Task):
-        rows = encode(_stored(examples[mixture.name]), "training")
+        own = examples[mixture.name]
+        if own.stream is not None:
+            flow = streamed(own.stream)
+            return flow, lambda batch, steps: {"cut": 0, "left_out": flow.left_out, "mixture": []}
+        rows = encode(_stored(own), "training")
         return Shuffled(rows, seed), lambda batch, steps: {"cut": len(rows.cut_rows), "mixture": []}
-    chosen = mixture.only(names) if names else mixture
+    chosen = mixture.only(tuning.tasks) if tuning.tasks else mixture
     count = lambda task: len(examples[task.name].train)  # noqa: E731
     flat = entries(chosen, count)
     budget = encoder.max_length - reserve
-    each = []
+    each: list[StoredRows | Streamed] = []
     for entry in flat:
+        flowing = examples[entry.task.name].stream
+        if flowing is not None:
+            each.append(streamed(flowing))
+            continue
         shown = in_form(entry, _stored(examples[entry.task.name]), recipe.examples, seed, budget, encoder.count)
         each.append(encode(shown, f"training ({entry.task.name}, {entry.form})"))
     stream = Mixed(each, [entry.rate for entry in flat], epoch_size(chosen, count), seed)
@@ -60,13 +73,17 @@ def training_rows(
                 "form": entry.form,
                 "asked": entry.rate,
                 "got": got / max(1, drawn),
-                "rows": len(rows),
-                "epochs": got / len(rows),
-                "tokens": _tokens(stream, place, rows, got),
+                "rows": None if isinstance(rows, Streamed) else len(rows),
+                "epochs": None if isinstance(rows, Streamed) else got / len(rows),
+                "tokens": rows.tokens if isinstance(rows, Streamed) else _tokens(stream, place, rows, got),
             }
             for place, (entry, rows, got) in enumerate(zip(flat, each, counts, strict=True))
         ]
-        return {"cut": sum(len(rows.cut_rows) for rows in each), "mixture": table}
+        return {
+            "cut": sum(len(rows.cut_rows) for rows in each if isinstance(rows, StoredRows)),
+            "left_out": sum(rows.left_out for rows in each if isinstance(rows, Streamed)),
+            "mixture": table,
+        }
 
     return stream, describe
 

@@ -16,6 +16,7 @@ from luthier.data.formats.superni import TokenCounter
 from luthier.data.rows import Row
 from luthier.data.source import Source, iterate_rows, source_digest
 from luthier.data.stored import ExampleFile, StoredExamples, packed
+from luthier.data.streams import RowStream
 from luthier.data.task import SPLITS, Example, Examples, Split, Task
 from luthier.data.templates import NamedTemplate, resolve_templates
 from luthier.data.worker import RenderWorker
@@ -64,7 +65,8 @@ def load_examples(
     made = cached("examples", key, lambda place: _render_all(Renderer(task, folder, seed, tokens), workers, place))
     index = json.loads((made / "index.json").read_text())
     stored = {split: StoredExamples(made, split, index["rows"][split]) for split in SPLITS}
-    return Examples(**stored, skipped=index["skipped"])
+    stream = RenderedStream(task, folder, seed, tokens) if task.train and task.train.stream else None
+    return Examples(**stored, skipped=index["skipped"], stream=stream)
 
 
 def _render_all(renderer: "Renderer", workers: int | None, place: Path) -> None:
@@ -123,8 +125,10 @@ def _chunks(rows: Iterable[Asked]) -> Iterator[list[Asked]]:
 
 def _asked(task: Task, folder: Path, seed: int) -> Iterator[Asked]:
     """Every row with its split: those of the training file first, in its order."""
-    assigned = _assignment(task, folder, seed)
-    if task.train:
+    if task.train and task.train.stream:
+        yield from (("train", row) for row in RowStream(task.train, folder, seed).sample())
+    elif task.train:
+        assigned = _assignment(task, folder, seed)
         for number, row in enumerate(iterate_rows(task.train, folder)):
             yield (SPLITS[assigned[number]] if assigned else "train"), row
     for split in SPLITS[1:]:
@@ -199,17 +203,22 @@ class Renderer:
 
     def __call__(self, rows: Sequence[Asked]) -> list[Answer]:
         """The lines of these rows: one a row, or one a row and template."""
-        return [answer for split, row in rows for answer in self._row(split, row)]
+        return [
+            (split, packed(one), one.id, not one.completion) if isinstance(one, Example) else (split, b"", one, True)
+            for split, row in rows
+            for one in self.examples(split, row)
+        ]
 
     def close(self) -> None:
         """Stop the process in which templates from outside are rendered."""
         self._worker.close()
 
-    def _row(self, split: Split, row: Row) -> Iterator[Answer]:
+    def examples(self, split: Split, row: Row) -> Iterator[Example | str]:
+        """The examples of a row; a name where a template does not apply to it."""
         task = self.task
         references = task.references if split == "test" else []
         if task.format:
-            yield _answer(split, _conversation(task, row, references))
+            yield _conversation(task, row, references)
             return
         if self._templates is None:
             assert task.template is not None
@@ -219,7 +228,7 @@ class Renderer:
             chosen = [random.Random(f"template {self.seed} {row.id}").choice(chosen)]
         for template in chosen:
             example = self._render(template, row, references)
-            yield _answer(split, example) if example else (split, b"", f"{row.id} ({template.name})", True)
+            yield example or f"{row.id} ({template.name})"
 
     def _render(self, template: NamedTemplate, row: Row, references: list[str]) -> Example | None:
         """One example; None where a template from outside gives no prompt or no completion for this row."""
@@ -247,8 +256,22 @@ class Renderer:
         )
 
 
-def _answer(split: Split, example: Example) -> Answer:
-    return split, packed(example), example.id, not example.completion
+class RenderedStream:
+    """The examples of a streamed training file."""
+
+    def __init__(self, task: Task, folder: Path, seed: int, tokens: TokenCounter | None):
+        assert task.train is not None
+        self._rows = RowStream(task.train, folder, seed)
+        self._renderer = Renderer(task, folder, seed, tokens)
+
+    def order(self, turn: int) -> list[int]:
+        """The shards in the order of one pass over them."""
+        return self._rows.order(turn)
+
+    def shard(self, turn: int, shard: int) -> Iterator[Example]:
+        """The examples of one shard in the order of one pass, without rows to which no template applies."""
+        for row in self._rows.shard(turn, shard):
+            yield from (one for one in self._renderer.examples("train", row) if isinstance(one, Example))
 
 
 def _references(row: Row, columns: list[str]) -> tuple[str, ...]:

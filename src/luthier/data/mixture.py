@@ -9,7 +9,7 @@ its own rows in a new order each time.
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
 from pydantic import Discriminator, Tag
@@ -18,6 +18,9 @@ from luthier.data.task import Task
 from luthier.errors import UserError, nearest
 
 Form = Literal["zero_shot", "few_shot", "zero_shot_options", "few_shot_options", "chain_of_thought", "inverted"]
+
+
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 def _kind(given: Any) -> str:
@@ -49,6 +52,11 @@ class Member:
             raise ValueError(f"shots is {self.shots}; it must be at least 1")
         if isinstance(self.task, Mixture) and self.forms != {"zero_shot": 1.0}:
             raise ValueError("forms belong to the tasks of an inner mixture, not to the mixture")
+        if isinstance(self.task, Task) and self.task.train and self.task.train.stream:
+            if self.rate is None:
+                raise ValueError(f"the rows of task {self.task.name!r} are streamed and not counted: give it a `rate`")
+            if set(self.forms) - {"zero_shot"}:
+                raise ValueError(f"the rows of task {self.task.name!r} are streamed: its only form is zero_shot")
         for form in ("chain_of_thought", "inverted"):
             if isinstance(self.task, Task) and self.forms.get(form) and not getattr(self.task, form):
                 raise ValueError(f"task {self.task.name!r} has no `{form}` template, which `forms` asks for")
@@ -135,8 +143,8 @@ def _entries(mixture: Mixture, rows: Callable[[Task], int], whole: float) -> lis
             found += _entries(member.task, rows, rate)
             continue
         total = sum(member.forms.values())
-        for form, share in member.forms.items():
-            if share:
+        for form in FORMS:  # not as a recipe happens to list them: that must not change what is drawn
+            if share := member.forms.get(form):
                 found.append(Entry(member.task, form, member.shots, rate * share / total))
     return found
 

@@ -13,11 +13,12 @@ import json
 import lzma
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from luthier.cached import file_digest
-from luthier.data.formats.hub import HUB, dataset_fingerprint, read_dataset
+from luthier.data.formats.hub import HUB, dataset_fingerprint, read_dataset, stream_dataset
 from luthier.data.library import FOLDER
 from luthier.data.rows import Row
 from luthier.errors import UserError
@@ -29,7 +30,8 @@ class Source:
     saved, or ``hub:NAME``, a data set of the hub; of these `split` names the part.
 
     `columns` renames: ``{summary: summary1}`` lets a template say `summary` where the file
-    says `summary1`. `limit` keeps the first rows only.
+    says `summary1`. `limit` keeps the first rows only. `stream` reads training rows while they are trained on and
+    keeps none, file by file (of the hub: shard by shard), shuffled through a buffer of `buffer` rows.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -38,10 +40,16 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)
     limit: int | None = None
     split: str | None = None
+    stream: bool = False
+    buffer: int = 1000
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}; it must be at least 1")
+        if self.buffer < 1:
+            raise ValueError(f"buffer is {self.buffer}; it must be at least 1")
+        if self.stream and self.limit is not None:
+            raise ValueError("a streamed source has no `limit`; training.max_steps says how much of it is trained on")
 
 
 def read_rows(source: Source, folder: Path) -> list[Row]:
@@ -66,7 +74,10 @@ def iterate_rows(source: Source, folder: Path) -> Iterator[Row]:
 
 def source_digest(source: Source, folder: Path) -> list[Any]:
     """All that decides what rows a source holds: names, contents and settings. Raises UserError as `read_rows` does."""
-    settings = [source.columns, source.limit, source.split]
+    settings: list[Any] = [source.columns, source.limit, source.split]
+    if source.stream:  # as a whole it may be too large to read: what its files look like must do
+        seen = [source.path] if source.path.startswith(HUB) else _looks(_files(source.path, folder))
+        return [seen, source.buffer, *settings]
     if source.path.startswith(HUB):
         return [source.path, dataset_fingerprint(source.path, source.split, folder), *settings]
     place = locate(source.path, folder)
@@ -77,6 +88,28 @@ def source_digest(source: Source, folder: Path) -> list[Any]:
         return [[[path.name, file_digest(path)] for path in _files(source.path, folder)], *settings]
     except OSError as error:
         raise UserError(f"{place} could not be read: {error}.") from None
+
+
+def shards(source: Source, folder: Path) -> list[Callable[[], Iterator[Row]]]:
+    """A function for each file of a source, or each shard of a hub's data set, that reads its rows from the start.
+
+    Raises UserError as `read_rows` does.
+    """
+    place = locate(source.path, folder)
+    if source.path.startswith(HUB) or _saved_by_datasets(place):
+        readers = stream_dataset(source.path, source.split, folder)
+    else:
+        readers = [partial(_read, path) for path in _files(source.path, folder)]
+    return [partial(_renamed, one, source.columns) for one in readers]
+
+
+def _renamed(read: Callable[[], Iterator[Row]], columns: dict[str, str]) -> Iterator[Row]:
+    for row in read():
+        yield Row(row.id, _rename(row, columns))
+
+
+def _looks(files: list[Path]) -> list[list[Any]]:
+    return [[path.name, (state := path.stat()).st_size, state.st_mtime_ns] for path in files]
 
 
 def _all_rows(source: Source, folder: Path) -> Iterator[Row]:

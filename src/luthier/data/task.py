@@ -1,8 +1,8 @@
 """Task: rows + template + metrics + splits; and what an example of it is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BeforeValidator, Discriminator, Tag
 
@@ -71,7 +71,13 @@ class Task:
             raise ValueError(
                 f"`choices`, `chain_of_thought` and `inverted` need a template; the format is {self.format}"
             )
-        for split in (self.validation, self.test):
+        for name, split in (("validation", self.validation), ("test", self.test)):
+            if isinstance(split, Source) and split.stream:
+                raise ValueError(f"`stream` is for training rows; the {name} split is scored again and again")
+            if self.train and self.train.stream and not isinstance(split, Source) and split:
+                raise ValueError(
+                    f"the training rows are streamed, so {name} cannot be split off them: name a file, or 0"
+                )
             if not isinstance(split, Source) and split < 0:
                 raise ValueError(f"a split of {split} rows or share is negative")
         if self.max_new_tokens < 1:
@@ -118,9 +124,23 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """A task's examples by split, in memory or on disk; `skipped` names rows to which a template from outside does not apply."""
+    """A task's examples by split, in memory or on disk; `skipped` names rows to which a template from outside does not apply.
+
+    Where training rows are streamed, `stream` gives them and `train` holds a sample, the first of them.
+    """
 
     train: Sequence[Example]
     validation: Sequence[Example]
     test: Sequence[Example]
     skipped: list[str] = field(default_factory=list)
+    stream: "ExampleStream | None" = None
+
+
+class ExampleStream(Protocol):
+    """Rendered training rows, read while they are trained on."""
+
+    def order(self, turn: int) -> list[int]:
+        """The shards in the order of one pass over them."""
+
+    def shard(self, turn: int, shard: int) -> Iterator[Example]:
+        """The examples of one shard in the order of one pass, from the start."""

@@ -95,6 +95,7 @@ def _tuning(
         prompt_tokens=float(np.mean([line["prompt_tokens"] for line in predictions])) if predictions else 0.0,
         shots=result["shots"],
         cut=result["cut"],
+        left_out=result.get("left_out", 0),
         mixture=[MixtureRow(**row) for row in result.get("mixture", [])],
         history=result["history"],
         scores=scores,

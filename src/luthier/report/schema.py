@@ -37,8 +37,8 @@ class MixtureRow(_Part):
     form: str
     asked: float = Field(description="Share of all draws, 0-1.")
     got: float = Field(description="Share of the draws made, 0-1.")
-    rows: int
-    epochs: float = Field(description="How often its rows were gone through.")
+    rows: int | None = Field(description="None: streamed, not counted.")
+    epochs: float | None = Field(description="How often its rows were gone through.")
     tokens: int = Field(description="Prompt and target tokens trained on.")
 
 
@@ -64,6 +64,9 @@ class TuningReport(_Part):
     prompt_tokens: float = Field(description="Mean tokens of a test prompt.")
     shots: Shots
     cut: int = Field(description="Training prompts that lost their middle to fit max_length.")
+    left_out: int = Field(
+        0, description="Streamed rows that could not be trained on: no target, or no room for the prompt."
+    )
     mixture: list[MixtureRow] = Field([], description="Empty where the recipe has one task.")
     history: list[dict[str, Any]]
     scores: dict[str, dict[str, Score]]

@@ -25,6 +25,7 @@ class Progress:
     best_step: int = 0
     without_gain: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    stream: dict[str, Any] = field(default_factory=dict)  # where the training rows go on
 
 
 def write_checkpoint(

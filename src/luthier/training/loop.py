@@ -70,6 +70,7 @@ def train(
         progress, weights, state = read_checkpoint(checkpoint)
         copy_into(owned, weights, str(checkpoint))
         optimizer.restore(state)
+        rows.restore(progress.stream)
 
     def tell(event: dict[str, Any]) -> None:
         progress.history.append(event)
@@ -104,6 +105,7 @@ def train(
                 break
         stopping = should_stop()
         if stopping or (progress.step % settings.checkpoint_every == 0 and progress.step < steps):
+            progress.stream = rows.state()
             write_checkpoint(checkpoint, progress, owned, optimizer.state())
         if stopping:
             raise Interrupted(
