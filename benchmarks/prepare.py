@@ -48,8 +48,8 @@ def write_rows(path: Path, count: int, words: int) -> None:
     pool = sorted({word for text in texts for word in text.split()})
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
-        for number in range(count):
-            row = {"dialogue": f"{number}: " + " ".join(draw.choices(pool, k=words)), "summary": f"summary {number}"}
+        for _ in range(count):
+            row = {"dialogue": " ".join(draw.choices(pool, k=words)), "summary": " ".join(draw.choices(pool, k=8))}
             file.write(json.dumps(row) + "\n")
 
 

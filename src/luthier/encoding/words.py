@@ -33,6 +33,7 @@ class WordMemo:
         self._backend = backend
         self._words: dict[str, list[int]] = {}  # ids of a space and the word
         self._pieces: dict[str, list[int]] = {}
+        self._added = added_tokens(json.loads(backend.to_str()))
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text."""
@@ -41,18 +42,15 @@ class WordMemo:
         first, *words, last = text.split(" ")
         if not first or first[-1].isspace():
             return self._irregular(text)
+        each = list(map(self._words.get, words))
+        while None in each:
+            place = each.index(None)
+            word = words[place]
+            if not word or word != word.strip():
+                return self._irregular(text)
+            each[place] = self._learn(self._words, word, f" {word}")
         ids = list(self._piece(first))
-        try:
-            ids.extend(chain.from_iterable(map(self._words.__getitem__, words)))
-        except KeyError:
-            ids = list(self._piece(first))
-            for word in words:
-                found = self._words.get(word)
-                if found is None:
-                    if not word or word != word.strip():
-                        return self._irregular(text)
-                    found = self._learn(self._words, word, f" {word}")
-                ids += found
+        ids.extend(chain.from_iterable(each))  # type: ignore[arg-type]
         if last and not last[0].isspace():
             return ids + self._piece(f" {last}")  # it may end in white space: chat turns do
         return self._irregular(text)
@@ -62,8 +60,14 @@ class WordMemo:
         return [token for piece in _BOUNDARY.split(text) for token in self._piece(piece)]
 
     def _piece(self, piece: str) -> list[int]:
+        """The ids of a piece; what stands between the tokenizer's added tokens is read apart, as the tokenizer does."""
         found = self._pieces.get(piece)
-        return self._learn(self._pieces, piece, piece) if found is None else found
+        if found is not None:
+            return found
+        parts = [part for part in self._added.split(piece) if part] if self._added else []
+        if len(parts) < 2:
+            return self._learn(self._pieces, piece, piece)
+        return [token for part in parts for token in self._piece(part)]
 
     def _learn(self, known: dict[str, list[int]], name: str, text: str) -> list[int]:
         if len(known) >= KEPT:
@@ -71,6 +75,18 @@ class WordMemo:
         found: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         known[name] = found
         return found
+
+
+def added_tokens(content: dict[str, Any]) -> re.Pattern[str] | None:
+    """A pattern that finds the added tokens, which are taken out of a text before anything else, the longest first.
+
+    None where one is looked for in normalized text: then what it meets is not what stands here.
+    """
+    added = content.get("added_tokens", [])
+    if not added or any(token.get("normalized") for token in added):
+        return None
+    longest = sorted((token["content"] for token in added), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest))})")
 
 
 def cuts_at_spaces(content: dict[str, Any]) -> bool:
