@@ -2,13 +2,16 @@
 
     python benchmarks/prepare.py [--file ROWS.jsonl] [--json OUT.json]
     python benchmarks/prepare.py --million [--rows 1000000]
+    python benchmarks/prepare.py --tasks 2000
 
 The first compares rows a second, a first start on new data each time, and shows that the ids are equal. Rows need
 `dialogue` and `summary`; by default those that ship with Luthier, their words put together anew. The second prepares a
-million rows of 200 tokens and tells the memory and the time of a second start.
+million rows of 200 tokens, audit included, and tells the memory and the time of a second start; the third does so for a
+mixture of many tasks of 30 rows.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -135,36 +138,66 @@ def compare(file: Path, processes: int, repeats: int) -> list[dict]:
     return results
 
 
-def million(rows: int) -> dict:
-    """Each start in a process of its own, so that its peak memory is its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.jsonl"
-        write_rows(file, rows, 56)
-        time.sleep(3)  # a file changed just now is not yet remembered by its times
-        for name in ("bases", "downloads"):
-            (Path(folder) / "cache").mkdir(exist_ok=True)
-            (Path(folder) / "cache" / name).symlink_to(cache_folder().absolute() / name)
-        environment = {**os.environ, "LUTHIER_CACHE": str(Path(folder) / "cache")}
-        found = {}
-        for start in ("first", "second"):
-            command = [sys.executable, __file__, "--start", str(file)]
-            said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-            found[start] = json.loads(said.strip().split("\n")[-1])
-            print(start, found[start], flush=True)
-        return found
+def two_starts(folder: Path, content: dict) -> dict:
+    """A recipe's rows loaded, audited and encoded twice, each time in a process of its own, so that its peak memory is its own."""
+    time.sleep(3)  # a file changed just now is not yet remembered by its times
+    (folder / "recipe.json").write_text(json.dumps(content))
+    for name in ("bases", "downloads"):
+        (folder / "cache").mkdir(exist_ok=True)
+        (folder / "cache" / name).symlink_to(cache_folder().absolute() / name)
+    environment = {**os.environ, "LUTHIER_CACHE": str(folder / "cache")}
+    found = {}
+    for start in ("first", "second"):
+        command = [sys.executable, __file__, "--start", str(folder / "recipe.json")]
+        said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        found[start] = json.loads(said.strip().split("\n")[-1])
+        print(start, found[start], flush=True)
+    return found
 
 
-def one_start(file: Path, processes: int) -> dict:
-    took, rows = timed(lambda: ours(file, processes))
-    _, tokens = timed(lambda: sum(len(rows[place]) for place in range(len(rows))))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+def million(folder: Path, rows: int) -> dict:
+    write_rows(folder / "rows.jsonl", rows, 56)
+    task = {"template": TEXT, "train": "rows.jsonl", "validation": 500, "test": 500}
+    return {"data": str(folder), "task": task}
+
+
+def many_tasks(folder: Path, count: int) -> dict:
+    write_rows(folder / "rows.jsonl", 30 * count, 56)
+    lines = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    tasks = []
+    for number in range(count):
+        (folder / f"{number}.jsonl").write_text("".join(lines[30 * number : 30 * number + 30]))
+        tasks.append({"name": f"t{number}", "template": TEXT, "train": f"{number}.jsonl"})
+    return {"data": str(folder), "task": {"tasks": tasks}}
+
+
+def one_start(file: Path) -> dict:
+    from luthier.audit_rows import audit
+    from luthier.models import base  # noqa: F401 (imports are not part of the start)
+    from luthier.recipe import make_recipe
+    from luthier.training_rows import training_rows
+
+    marks = [time.perf_counter()]
+    recipe = make_recipe({**json.loads(file.read_text()), "tunings": {"lora": {}}, "retention": [], "max_length": 2048})
+    marks.append(time.perf_counter())
+    loaded = [recipe.examples(task) for task in recipe.tasks]
+    marks.append(time.perf_counter())
+    found = audit(recipe, loaded)
+    marks.append(time.perf_counter())
+    tasks = list(zip(recipe.tasks, loaded, strict=True))
+    stream, _ = training_rows(recipe, recipe.tunings["lora"], tasks, recipe.read_encoder(), 0)
+    stream.at(0)
+    marks.append(time.perf_counter())
+    parts = [after - before for before, after in itertools.pairwise(marks)]
+    tokens = sum(len(stream.at(k)) for k in range(len(stream)))
     return {
-        "rows": len(rows),
-        "tokens_per_row": round(tokens / len(rows), 1),
-        "seconds_to_start": round(took, 2),
-        "peak_bytes": peak,
-        "largest_worker_bytes": workers,
+        "rows": len(stream),
+        "tokens_per_row": round(tokens / len(stream), 1),
+        "seconds_to_start": round(sum(parts), 2),
+        "of_which": dict(zip(("recipe", "load", "audit", "encode"), (round(part, 2) for part in parts), strict=True)),
+        "findings": len(found),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "largest_worker_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
     }
 
 
@@ -175,14 +208,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--million", action="store_true")
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--tasks", type=int)
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.start:
-        print(json.dumps(one_start(given.start, given.processes)))
+        print(json.dumps(one_start(given.start)))
         return
-    if given.million:
-        result: object = million(given.rows)
+    if given.million or given.tasks:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            content = many_tasks(folder, given.tasks) if given.tasks else million(folder, given.rows)
+            result: object = two_starts(folder, content)
     else:
         with tempfile.TemporaryDirectory() as folder:
             file = given.file

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ def code_digest(*packages: str) -> str:
         for path in sorted(Path(found.origin).parent.rglob("*.py")):
             digest_.update(f"{path.name} ".encode() + path.read_bytes())
     return digest_.hexdigest()[:16]
+
+
+@cache
+def installed(package: str) -> str:
+    """The version of an installed package."""
+    return version(package)
 
 
 def file_digest(path: Path) -> str:

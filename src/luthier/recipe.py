@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from luthier.data.library import task_files
 from luthier.data.load import load_examples
@@ -59,6 +68,7 @@ class Recipe(BaseModel):
     max_length: int = Field(1024, ge=16, description="Longest row in tokens; longer prompts lose their middle.")
     allow: list[str] = Field([], description="Kinds of audit errors to go on with, as warnings.")
     seed: int = Field(0, ge=0, description="Seed of splits, shots, order and new weights.")
+    _encoder: Encoder | None = PrivateAttr(None)
     data: str = Field(".", description="Folder in which relative data files resolve; default: the recipe's own.")
 
     @property
@@ -94,9 +104,11 @@ class Recipe(BaseModel):
         return Encoder(tokenizer, encoder_decoder=encoder_decoder, chat=chat, max_length=limit)
 
     def read_encoder(self) -> Encoder:
-        """The encoder of the recipe's base; reads the tokenizer, not the weights."""
-        tokenizer, config = read_tokenizer(self.base)
-        return self.encoder(tokenizer, config.is_encoder_decoder, context_length(config, DEFAULT_CONTEXT))
+        """The encoder of the recipe's base; reads the tokenizer, not the weights, and that once."""
+        if self._encoder is None:
+            tokenizer, config = read_tokenizer(self.base)
+            self._encoder = self.encoder(tokenizer, config.is_encoder_decoder, context_length(config, DEFAULT_CONTEXT))
+        return self._encoder
 
     def examples(self, task: Task) -> Examples:
         """A task's rows, split and rendered. Raises UserError as `load_examples` does."""

@@ -5,12 +5,11 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from luthier.cached import cached, code_digest, digest
+from luthier.cached import cached, code_digest, digest, installed
 from luthier.data.formats.chat import read_conversation
 from luthier.data.formats.superni import TokenCounter
 from luthier.data.rows import Row
@@ -52,7 +51,7 @@ def load_examples(
     given = {split: getattr(task, split) for split in SPLITS}
     key = digest(
         {
-            "code": [code_digest("luthier.data"), version("jinja2")],
+            "code": [code_digest("luthier.data"), installed("jinja2")],
             "seed": seed,
             "settings": {name: value for name, value in asdict(task).items() if name not in _UNSEEN},
             "templates": [one.identity() for one in templates],

@@ -6,6 +6,7 @@ nothing else, and a tuned model sees the prompt ids it was trained on.
 """
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -136,14 +137,23 @@ class Encoder:
                 f"(max_length, or the model's context){f' less {reserve} reserved' if reserve else ''}: no room is "
                 "left for the prompt. Raise `max_length` or shorten the row; a target is never cut."
             )
-        if len(prompt) > room and example.learnt:  # a conversation loses its oldest exchange, not its middle
-            shots = example.shots[: len(example.shots) - example.learnt], example.shots[-example.learnt :]
-            shorter = self.encode(
-                replace(example, shots=(*shots[0], *shots[1][1:]), learnt=example.learnt - 1), reserve
-            )
+        if len(prompt) > room and example.learnt:  # a conversation loses its oldest exchanges, not its middle
+            shorter = self.encode(self._shortened(example, room), reserve)
             return replace(shorter, cut=len(prompt) - len(shorter.prompt))
         kept = cut_middle(prompt, room)
         return Encoded(example.id, kept, target, len(prompt) - len(kept), self._earlier(example, kept))
+
+    def _shortened(self, example: Example, room: int) -> Example:
+        """A conversation without as few of its oldest exchanges as make it fit, or without all."""
+        first = len(example.shots) - example.learnt
+
+        def without(dropped: int) -> Example:
+            shots = (*example.shots[:first], *example.shots[first + dropped :])
+            return replace(example, shots=shots, learnt=example.learnt - dropped)
+
+        fits = lambda dropped: len(self.prompt_ids(without(dropped))) <= room  # noqa: E731
+        fewest = 1 + bisect_left(range(1, example.learnt), True, key=fits)
+        return without(fewest)
 
     def encode_all(self, example: Example, reserve: int = 0) -> list[Encoded]:
         """The training rows of an example: one, or one an answer where a conversation's prompts do not continue

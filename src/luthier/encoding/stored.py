@@ -3,13 +3,12 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from luthier.cached import cached, code_digest, digest, mapped
+from luthier.cached import cached, code_digest, digest, installed, mapped
 from luthier.data.lazy import Lazy
 from luthier.data.task import Example
 from luthier.encoding.encoder import Encoded, Encoder
@@ -72,7 +71,7 @@ def stored_rows(
     """
     name = digest(
         {
-            "code": [code_digest("luthier.data", "luthier.encoding"), version("tokenizers")],
+            "code": [code_digest("luthier.data", "luthier.encoding"), installed("tokenizers")],
             "examples": key,
             "encoder": encoder.identity(),
             "reserve": reserve,

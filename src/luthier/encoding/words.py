@@ -21,19 +21,20 @@ def reader(tokenizer: Any) -> Callable[[str], list[int]]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-    if not cuts_at_spaces(json.loads(backend.to_str())):
+    content = json.loads(backend.to_str())
+    if not cuts_at_spaces(content):
         return lambda text: list(backend.encode(text, add_special_tokens=False).ids)
-    return WordMemo(backend)
+    return WordMemo(backend, added_tokens(content))
 
 
 class WordMemo:
-    """Reads a text word by word, each word through the tokenizer once."""
+    """Reads a text word by word, each word through the tokenizer once; `added` finds the tokenizer's added tokens."""
 
-    def __init__(self, backend: Any):
+    def __init__(self, backend: Any, added: re.Pattern[str] | None = None):
         self._backend = backend
         self._words: dict[str, list[int]] = {}  # ids of a space and the word
         self._pieces: dict[str, list[int]] = {}
-        self._added = added_tokens(json.loads(backend.to_str()))
+        self._added = added
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text."""
