@@ -122,7 +122,7 @@ def test_a_second_start_reads_no_row_and_holds_none(tmp_path: Path, monkeypatch:
 
     def start():
         loaded = [(task, load_examples(task, tmp_path, 0)) for task in recipe.tasks]
-        return training_rows(recipe, recipe.tunings["zero_shot"], loaded, encoder(), 0)[0]
+        return training_rows(recipe, recipe.tunings["lora"], loaded, encoder(), 0)[0]
 
     first = [start().at(k) for k in range(200)]
     for module, name in ((load, "iterate_rows"), (load, "Renderer"), (stored, "EncodeChunk")):
