@@ -68,6 +68,16 @@ class Progress:
             self.say(
                 f"step {event['step']}: validation loss {event['validation_loss']:.3f}, "
                 f"accuracy {event['validation_accuracy']:.1%}"
+                + "".join(
+                    f", {key.removeprefix('validation_')} {value:.3f}"
+                    for key, value in event.items()
+                    if key not in ("step", "validation_loss", "validation_accuracy")
+                )
+            )
+            return
+        if "tokens" not in event:
+            self.say(
+                f"step {event['step']}: out of memory; micro-batches hold {event['micro_batch_tokens']} tokens from here on"
             )
             return
         self.tokens += event["tokens"]

@@ -91,6 +91,9 @@ class Recipe(BaseModel):
                     f"the training rows of {streamed[0]!r} are streamed and not counted: say how long {name!r} is trained "
                     "with training.max_steps"
                 )
+        for tuning in self.tunings.values():
+            if tuning.training.watch not in ("loss", "accuracy"):
+                metric(tuning.training.watch)
         for task in (*self.tasks, *self.retention):
             for name in task.judged_by:
                 if name != "loss":

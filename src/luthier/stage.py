@@ -26,7 +26,7 @@ from luthier.models.base import BaseModel
 from luthier.models.memory import peak_bytes, resident_bytes
 from luthier.progress import Progress
 from luthier.recipe import Recipe
-from luthier.training.log import log_hooks
+from luthier.training.log import log_hooks, tracker_hooks
 from luthier.training.loop import Validation, train
 from luthier.training_rows import training_rows
 from luthier.tuning import Method, Prompting, attach, parameters
@@ -126,7 +126,10 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
         rows, describe = training_rows(recipe, recipe.tunings[name], stage.tasks, encoder, reserve, stage.progress.say)
         settings = recipe.tunings[name].training
         stage.progress.begin("training", settings.steps(len(rows)))
-        with log_hooks(directory.log(name), directory.path / "tensorboard" / name) as hooks:
+        with (
+            log_hooks(directory.log(name), directory.path / "tensorboard" / name) as logs,
+            tracker_hooks(settings.trackers, name, directory.path, recipe.model_dump(mode="json")) as trackers,
+        ):
             done = train(
                 base,
                 name,
@@ -134,8 +137,8 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
                 settings,
                 recipe.seed,
                 directory.checkpoints(name),
-                validate=(lambda: _validate(stage, validation, reserve)) if validation else None,
-                hooks=[stage.progress.training, *hooks],
+                validate=(lambda: _validate(stage, validation, reserve, settings.watch)) if validation else None,
+                hooks=[stage.progress.training, *logs, *trackers],
                 should_stop=stage.should_stop,
             )
         directory.save_log(name, done.history)
@@ -169,13 +172,20 @@ def _held_out(stage: Stage, names: Sequence[str] | None = None) -> list[Example]
     return [one for task, examples in stage.tasks if not names or task.name in names for one in examples.validation]
 
 
-def _validate(stage: Stage, rows: list[Encoded], reserve: int) -> Validation:
-    """Loss on the validation targets, and accuracy: of the answers where there are choices, else of the next token."""
+def _validate(stage: Stage, rows: list[Encoded], reserve: int, watch: str = "loss") -> Validation:
+    """Loss on the validation targets, accuracy (of the answers where there are choices, else of the next token), and
+    the metric that training watches.
+    """
     loss, accuracy = loss_and_accuracy(stage.base, rows)
+    scores: dict[str, float] = {}
+    if watch not in ("loss", "accuracy"):
+        longest = max(task.max_new_tokens for task, _ in stage.tasks)
+        found, _ = measure(answer(stage.base, stage.encoder, _held_out(stage), longest, reserve), [watch])
+        scores[watch] = found[watch]["value"]
     if isinstance(stage.recipe.task, Task) and stage.recipe.task.choices:
         answers = answer(stage.base, stage.encoder, _held_out(stage), 1, reserve)
         accuracy = sum(one.prediction in one.references for one in answers) / len(answers)
-    return Validation(loss, accuracy)
+    return Validation(loss, accuracy, scores)
 
 
 def _score_tasks(stage: Stage, name: str, reserve: int) -> dict[str, Any]:

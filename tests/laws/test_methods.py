@@ -20,7 +20,7 @@ from luthier.encoding.order import Shuffled
 from luthier.models.base import BaseModel
 from luthier.models.batch import Segment
 from luthier.models.loss import label_scores
-from luthier.training.loop import _accumulate, train
+from luthier.training.loop import accumulate, train
 from luthier.training.settings import TrainingSettings
 from luthier.tuning import Full, LoRA, Method, PromptTuning, attach, detach, parameters
 from luthier.tuning.files import load_tuning, pack
@@ -172,7 +172,7 @@ def test_micro_batches_are_one_batch(family: str, method: str) -> None:
     def gradients(budget: int) -> dict[str, Tensor]:
         for parameter in parameters(base, "t").values():
             parameter.grad = None
-        _accumulate(base, rows, budget)
+        accumulate(base, rows, budget)
         return {
             key: parameter.grad.clone()
             for key, parameter in parameters(base, "t").items()

@@ -127,9 +127,9 @@ def test_checkpoints_hold_optimizer_and_masters_to_the_bit(tmp_path: Path) -> No
         train(base, "t", Shuffled(rows_for(base), 0), settings, 0, tmp_path, should_stop=lambda: True)
     _, saved, state = read_checkpoint(tmp_path / "checkpoint.safetensors")
     assert same(saved, weights(base))
-    moved = [key for key in saved if not torch.equal(state[f"master.{key}"], saved[key].float())]
+    moved = [key for key in saved if not torch.equal(state[f"master/{key}"], saved[key].float())]
     assert len(moved) > len(saved) // 2, "an update below bfloat16's spacing must survive in the master"
-    assert {f"exp_avg.{key}" for key in saved} | {f"exp_avg_sq.{key}" for key in saved} <= state.keys()
+    assert {f"exp_avg/{key}" for key in saved} | {f"exp_avg_sq/{key}" for key in saved} <= state.keys()
 
 
 def test_the_best_weights_are_kept_and_early_stopping_ends(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_the_best_weights_are_kept_and_early_stopping_ends(tmp_path: Path) -> No
 
     settings = TrainingSettings(max_steps=20, batch_size=4, validate_every=2, early_stopping=2)
     progress = train(base, "t", Shuffled(rows_for(base), 0), settings, 0, tmp_path, validate=validate)
-    assert (progress.step, progress.best_step, progress.best_loss) == (8, 4, 1.0)
+    assert (progress.step, progress.best_step, progress.best) == (8, 4, -1.0)
     assert same(weights(base), kept[1])
     assert not same(kept[1], kept[3])
 

@@ -44,6 +44,7 @@ class BaseModel:
         model.set_attn_implementation(attention.NAME if self.packs else "eager")
         self.grafts = Grafts(model)
         self.grafts.use(None)
+        self.embedding_noise = 0.0  # NEFTune's alpha, while a tuning is trained
         self.methods: dict[str, Any] = {}  # tuning name -> the method that attached it
 
     @classmethod
@@ -151,6 +152,8 @@ class BaseModel:
     def embed(self, packed: Packed, segments: tuple[Segment, ...]) -> tuple[Tensor, tuple[int, ...], Tensor]:
         """Embed rows with their soft prompts in front: (T', D), new lengths, and the shift of each row's tokens."""
         embedded: Tensor = self.embedding(packed.ids)
+        if self.embedding_noise and torch.is_grad_enabled():
+            embedded = noisy(embedded, packed.lengths, self.embedding_noise)
         prompts = [self._prompt(row, segments) for row in range(len(packed.lengths))]
         if all(prompt is None for prompt in prompts):
             return embedded, packed.lengths, torch.zeros(len(prompts), dtype=torch.long, device=embedded.device)
@@ -241,6 +244,13 @@ class BaseModel:
             name, part = self.grafts.route.parts[0]
             assert part == EVERYTHING, "rows of a mixed batch need their segments"
         return self.grafts.prompts.get(name) if name is not None else None
+
+
+def noisy(embedded: Tensor, lengths: tuple[int, ...], alpha: float) -> Tensor:
+    """(T, D) embeddings with uniform noise of alpha / sqrt(length x D) on each row (NEFTune, https://arxiv.org/abs/2310.05914)."""
+    spread = torch.tensor([alpha / (length * embedded.shape[1]) ** 0.5 for length in lengths], device=embedded.device)
+    each = spread.repeat_interleave(torch.tensor(lengths, device=embedded.device))
+    return embedded + (torch.rand_like(embedded) * 2 - 1) * each[:, None].to(embedded.dtype)
 
 
 def _token_parts(segments: tuple[Segment, ...], lengths: tuple[int, ...]) -> tuple[slice, ...]:

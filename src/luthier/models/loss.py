@@ -19,10 +19,10 @@ from luthier.models.batch import Batch
 CHUNK = 256
 
 
-def loss_sum(base: BaseModel, batch: Batch) -> Tensor:
-    """Summed cross-entropy (nats) of a batch's labels, differentiable."""
+def loss_sum(base: BaseModel, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+    """Summed cross-entropy (nats) of a batch's labels, differentiable; `label_smoothing` is the share of all tokens."""
     states = base.target_states(batch)
-    return _HeadLoss.apply(states, batch.labels, base, *base.head_parameters())  # type: ignore[no-any-return]
+    return _HeadLoss.apply(states, batch.labels, base, label_smoothing, *base.head_parameters())  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -41,7 +41,9 @@ class _HeadLoss(torch.autograd.Function):
     """Computes gradients chunk by chunk while the logits are at hand, so nothing is kept or redone."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, labels: Tensor, base: BaseModel, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, states: Tensor, labels: Tensor, base: BaseModel, smoothing: float, *weights: Tensor
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         # (mixed batches route the head by target, so there it is applied whole)
         size = CHUNK if len(base.grafts.route.parts) == 1 else max(1, len(labels))
@@ -51,7 +53,8 @@ class _HeadLoss(torch.autograd.Function):
         for chunk, targets in zip(states.split(size), labels.split(size), strict=True):
             with torch.set_grad_enabled(wanted):
                 piece = chunk.detach().requires_grad_(wanted)
-                loss = F.cross_entropy(base.logits(piece).float(), targets, reduction="sum")
+                logits = base.logits(piece).float()
+                loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
             total += loss.detach()
             if wanted:
                 first, *rest = torch.autograd.grad(loss, [piece, *weights])
@@ -66,4 +69,4 @@ class _HeadLoss(torch.autograd.Function):
         (upstream,) = outputs
         states, *weights = ctx.saved_tensors
         scaled = [gradient * upstream.to(gradient.dtype) for gradient in (states, *weights)]
-        return (scaled[0], None, None, *scaled[1:])
+        return (scaled[0], None, None, None, *scaled[1:])

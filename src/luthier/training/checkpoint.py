@@ -21,9 +21,10 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
-    best_loss: float | None = None
+    best: float | None = None  # of what is watched, the more the better: a loss stands here with its sign turned
     best_step: int = 0
     without_gain: int = 0
+    micro_batch_tokens: int = 0  # the budget in force, where memory asked for a smaller one
     history: list[dict[str, Any]] = field(default_factory=list)
     stream: dict[str, Any] = field(default_factory=dict)  # where the training rows go on
 

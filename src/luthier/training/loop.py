@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,33 @@ from luthier.files import whole_file
 from luthier.models.allocator import give_back_freed_memory
 from luthier.models.base import BaseModel
 from luthier.models.loss import loss_sum
+from luthier.models.recompute import recomputed
 from luthier.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from luthier.training.optimizer import Optimizer
+from luthier.training.rates import rate_factors
 from luthier.training.settings import TrainingSettings
 from luthier.tuning.files import copy_into
 from luthier.tuning.method import Method, parameters
 
 # Steps between returning the heap's holes to the system.
 TRIM_EVERY = 4
+# No budget is halved below this: rows are longer.
+SMALLEST_BUDGET = 64
 
 Hook = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean loss (nats per target token) and next-token accuracy on the validation targets."""
+    """Mean loss (nats per target token), next-token accuracy on the validation targets, and scores by metric."""
 
     loss: float
     accuracy: float
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, watch: str) -> float:
+        """The value that `training.watch` names, the more the better."""
+        return -self.loss if watch == "loss" else self.accuracy if watch == "accuracy" else self.scores[watch]
 
 
 def train(
@@ -51,7 +61,7 @@ def train(
 ) -> Progress:
     """Train the attached tuning `name`; the base's own weights never move.
 
-    Keeps the weights with the best validation loss. `folder` holds the checkpoint; one that is there is
+    Keeps the weights with the best of what `settings.watch` names. `folder` holds the checkpoint; one that is there is
     continued. Each step and each validation is told to `hooks` as a dict.
     Raises Interrupted after saving when `should_stop` says so, UserError for a loss that is not a number.
     """
@@ -59,13 +69,13 @@ def train(
     owned = parameters(base, name)
     peak = settings.learning_rate or method.defaults.learning_rate
     decay = method.defaults.weight_decay if settings.weight_decay is None else settings.weight_decay
-    optimizer = Optimizer(owned, decay)
+    optimizer = Optimizer(owned, decay, settings.optimizer, rate_factors(owned, settings, base.blocks))
     steps = settings.steps(len(rows))
     validate_every = settings.validate_every or -(-len(rows) // settings.batch_size)
     checkpoint, best = folder / "checkpoint.safetensors", folder / "best.safetensors"
 
     torch.manual_seed(seed)
-    progress = Progress()
+    progress = Progress(micro_batch_tokens=settings.micro_batch_tokens)
     if checkpoint.is_file():
         progress, weights, state = read_checkpoint(checkpoint)
         copy_into(owned, weights, str(checkpoint))
@@ -82,7 +92,7 @@ def train(
         started = time.perf_counter()
         step = progress.step
         batch = step_rows(rows, settings.batch_size, step)
-        loss, tokens = _accumulate(base, batch, settings.micro_batch_tokens)
+        loss, tokens = _gradients(base, name, batch, settings, progress, tell)
         rate = settings.rate(step, steps, peak)
         norm = optimizer.step(rate, settings.clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -100,7 +110,7 @@ def train(
         event = {"step": progress.step, "steps": steps, "loss": loss, "rate": rate, "norm": norm}
         tell(event | {"tokens": tokens, "step_seconds": seconds})
         if validate and (progress.step % validate_every == 0 or progress.step == steps):
-            _validate(base, name, progress, validate, best, tell)
+            _validate(base, name, progress, validate, settings.watch, best, tell)
             if settings.early_stopping and progress.without_gain >= settings.early_stopping:
                 break
         stopping = should_stop()
@@ -116,13 +126,58 @@ def train(
     return progress
 
 
-def _accumulate(base: BaseModel, rows: list[Encoded], budget: int) -> tuple[float, int]:
+def _gradients(
+    base: BaseModel, name: str, rows: list[Encoded], settings: TrainingSettings, progress: Progress, tell: Hook
+) -> tuple[float, int]:
+    """Gradients of one optimizer batch: the mean loss and the tokens run. Halves the budget where asked and needed."""
+    start = torch.get_rng_state()
+    base.embedding_noise = settings.neftune
+    try:
+        with recomputed(base.model) if settings.gradient_checkpointing else nullcontext():
+            while True:
+                try:
+                    return accumulate(base, rows, progress.micro_batch_tokens, settings.label_smoothing)
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    smaller = progress.micro_batch_tokens // 2
+                    if not settings.halve_out_of_memory or smaller < SMALLEST_BUDGET:
+                        raise UserError(_advice(name, rows, progress.micro_batch_tokens, settings)) from None
+                progress.micro_batch_tokens = smaller
+                tell({"step": progress.step + 1, "micro_batch_tokens": smaller})
+                for parameter in parameters(base, name).values():
+                    parameter.grad = None
+                torch.set_rng_state(start)
+                if base.device.type == "cuda":
+                    torch.cuda.empty_cache()
+    finally:
+        base.embedding_noise = 0.0
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on an accelerator an error of its own, on a CPU one by its text."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _advice(name: str, rows: list[Encoded], budget: int, settings: TrainingSettings) -> str:
+    longest = max(rows, key=len)
+    steps = [] if settings.halve_out_of_memory else ["halve_out_of_memory: true"]
+    steps += [f"micro_batch_tokens below {budget}"] if budget > len(longest) else []
+    steps += [] if settings.gradient_checkpointing else ["gradient_checkpointing: true"]
+    return (
+        f"Training {name!r} ran out of memory with micro-batches of {budget} tokens (the longest row of this step, "
+        f"{longest.id}, has {len(longest)}). Set in `training`: {'; '.join(steps) or 'nothing is left there'}; or lower "
+        "`max_length`, or quantize the base. What was saved is kept: continue with --resume."
+    )
+
+
+def accumulate(base: BaseModel, rows: list[Encoded], budget: int, label_smoothing: float = 0.0) -> tuple[float, int]:
     """Gradients of the mean loss over all targets of the batch, one micro-batch after another."""
     count = sum(len(row.labels) for row in rows)
     total, tokens = 0.0, 0
     for group in micro_batches(rows, budget, padded=not base.packs):
         batch = collate(group, base.decoder_start if base.encoder_decoder else None).to(base.device)
-        loss = loss_sum(base, batch)
+        loss = loss_sum(base, batch, label_smoothing)
         (loss / count).backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
         tokens += batch.tokens
@@ -134,14 +189,16 @@ def _validate(
     name: str,
     progress: Progress,
     validate: Callable[[], Validation],
+    watch: str,
     best: Path,
     tell: Callable[[dict[str, Any]], None],
 ) -> None:
     found = validate()
     progress.without_gain += 1
-    if progress.best_loss is None or found.loss < progress.best_loss:
-        progress.best_loss, progress.best_step, progress.without_gain = found.loss, progress.step, 0
+    if progress.best is None or found.of(watch) > progress.best:
+        progress.best, progress.best_step, progress.without_gain = found.of(watch), progress.step, 0
         tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in parameters(base, name).items()}
         with whole_file(best) as partial:
             save_file(tensors, partial)
-    tell({"step": progress.step, "validation_loss": found.loss, "validation_accuracy": found.accuracy})
+    scores = {f"validation_{metric}": value for metric, value in found.scores.items()}
+    tell({"step": progress.step, "validation_loss": found.loss, "validation_accuracy": found.accuracy, **scores})

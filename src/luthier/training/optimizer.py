@@ -1,45 +1,77 @@
-"""AdamW (Loshchilov & Hutter 2019) on fp32 masters.
+"""Optimizers on fp32 masters: AdamW (Loshchilov & Hutter 2019), Adafactor (Shazeer & Stern 2018), 8-bit AdamW
+(Dettmers et al. 2022).
 
 A 16-bit parameter keeps an fp32 master here: an update of lr x 1 is far below bfloat16's spacing around
 a weight and would be lost. fp32 parameters are their own masters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from luthier.errors import UserError
+
 # Numbers updated at a time: fp32 gradients of 16-bit weights exist for one bucket only.
 BUCKET = 16_000_000
 
+Kind = Literal["adamw", "adafactor", "adamw_8bit", "paged_adamw_8bit"]
+Groups = list[dict[str, Any]]
+
+
+def _adamw(groups: Groups) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def _adafactor(groups: Groups) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(groups, lr=0.0)
+
+
+def _eight_bit(name: str) -> Callable[[Groups], torch.optim.Optimizer]:
+    def build(groups: Groups) -> torch.optim.Optimizer:
+        if groups[0]["params"][0].device.type != "cuda":
+            raise UserError("The 8-bit optimizers work on CUDA devices. Use `optimizer: adamw` or adafactor here.")
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise UserError("The 8-bit optimizers need bitsandbytes: pip install 'luthier[quantize]'.") from None
+        made: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+        return made
+
+    return build
+
+
+OPTIMIZERS: dict[Kind, Callable[[Groups], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "adamw_8bit": _eight_bit("AdamW8bit"),
+    "paged_adamw_8bit": _eight_bit("PagedAdamW8bit"),
+}
+
 
 class Optimizer:
-    """Steps the parameters of one tuning and can write down and restore all it knows."""
+    """Steps the parameters of one tuning and can write down and restore all it knows.
 
-    def __init__(self, parameters: Mapping[str, Parameter], weight_decay: float):
+    `factors` multiply the learning rate of single parameters.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter],
+        weight_decay: float,
+        kind: Kind = "adamw",
+        factors: Mapping[str, float] | None = None,
+    ):
         self.parameters = dict(parameters)
         self.masters = {
             key: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
             for key, parameter in self.parameters.items()
         }
-        # Decay pulls matrices only: norms, biases and soft prompts have no reason to be near zero.
-        self.buckets = [
-            (
-                keys,
-                torch.optim.AdamW(
-                    [
-                        {"params": [self.masters[key]], "weight_decay": weight_decay if self._is_matrix(key) else 0.0}
-                        for key in keys
-                    ],
-                    lr=0.0,
-                    betas=(0.9, 0.999),
-                    eps=1e-8,
-                    fused=True,
-                ),
-            )
-            for keys in self._bucket_keys()
-        ]
+        self._decay, self._factors = weight_decay, factors or {}
+        self.buckets = [(keys, OPTIMIZERS[kind](self._groups(keys))) for keys in self._bucket_keys()]
+        self._of = {key: made for keys, made in self.buckets for key in keys}
 
     def step(self, rate: float, clip: float) -> float:
         """Clip by the global norm, update, clear the gradients; return the norm before clipping."""
@@ -47,26 +79,37 @@ class Optimizer:
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
         norm = float(torch.linalg.vector_norm(torch.stack(norms)))
         scale = min(1.0, clip / (norm + 1e-6))
-        for keys, adam in self.buckets:
-            self._step_bucket(keys, adam, rate, scale)
+        for keys, made in self.buckets:
+            self._step_bucket(keys, made, rate, scale)
         return norm
 
     @torch.no_grad()
-    def _step_bucket(self, keys: list[str], adam: torch.optim.AdamW, rate: float, scale: float) -> None:
+    def _step_bucket(self, keys: list[str], made: torch.optim.Optimizer, rate: float, scale: float) -> None:
         for key in keys:
             parameter, master = self.parameters[key], self.masters[key]
             if parameter.grad is not None:
                 gradient = parameter.grad.float()
                 parameter.grad = None
                 master.grad = gradient.mul_(scale) if scale != 1.0 else gradient
-        for group in adam.param_groups:
-            group["lr"] = rate
-        adam.step()
+        for group in made.param_groups:
+            group["lr"] = rate * group["factor"]
+        made.step()
         for key in keys:
             parameter, master = self.parameters[key], self.masters[key]
             master.grad = None
             if master is not parameter:
                 parameter.copy_(master)
+
+    def _groups(self, keys: list[str]) -> Groups:
+        """Parameters that are stepped alike, together: one call for all of them."""
+        alike: dict[tuple[float, float], list[Tensor]] = {}
+        for key in keys:
+            # Decay pulls matrices only: norms, biases and soft prompts have no reason to be near zero.
+            decay = self._decay if self._is_matrix(key) else 0.0
+            alike.setdefault((decay, self._factors.get(key, 1.0)), []).append(self.masters[key])
+        return [
+            {"params": several, "weight_decay": decay, "factor": factor} for (decay, factor), several in alike.items()
+        ]
 
     def _is_matrix(self, key: str) -> bool:
         return self.masters[key].ndim >= 2 and key != "prompt_embeddings"
@@ -83,28 +126,28 @@ class Optimizer:
         return buckets
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that decides the next step, by a stable key."""
+        """Every tensor that decides the next step, by a stable key: the part, a slash, the parameter's key."""
         tensors: dict[str, Tensor] = {}
         for key, master in self.masters.items():
             if master is not self.parameters[key]:
-                tensors[f"master.{key}"] = master
-            for part, value in self._adam(key).state.get(master, {}).items():
-                tensors[f"{part}.{key}"] = torch.as_tensor(value)
+                tensors[f"master/{key}"] = master
+            for part, value in self._of[key].state.get(master, {}).items():
+                if value is not None:
+                    tensors[f"{part}/{key}"] = torch.as_tensor(value)
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `state` wrote down."""
+        states: dict[str, dict[str, Any]] = {}
         with torch.no_grad():
-            for key, master in self.masters.items():
-                if master is not self.parameters[key]:
-                    master.copy_(tensors[f"master.{key}"])
-                state = {
-                    part: tensors[f"{part}.{key}"].to(master.device)
-                    for part in ("step", "exp_avg", "exp_avg_sq")
-                    if f"{part}.{key}" in tensors
-                }
-                if state:
-                    self._adam(key).state[master] = state
-
-    def _adam(self, key: str) -> torch.optim.AdamW:
-        return next(adam for keys, adam in self.buckets if key in keys)
+            for name, tensor in tensors.items():
+                part, _, key = name.partition("/")
+                master = self.masters[key]
+                if part == "master":
+                    master.copy_(tensor)
+                else:
+                    # bitsandbytes counts its steps in a plain number
+                    plain = part == "step" and not tensor.is_floating_point()
+                    states.setdefault(key, {})[part] = int(tensor) if plain else tensor.to(master.device)
+        for key, state in states.items():
+            self._of[key].state[self.masters[key]] = state

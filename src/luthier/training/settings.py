@@ -1,8 +1,10 @@
 """TrainingSettings: every choice of the training loop, declared once."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
+
+from luthier.training.optimizer import Kind
 
 
 @dataclass(frozen=True)
@@ -10,9 +12,14 @@ class TrainingSettings:
     """How a tuning is trained; None means the method's own default.
 
     `batch_size` rows make an optimizer step; `micro_batch_tokens` limits memory only. `warmup` is a share
-    of all steps. Validation runs every `validate_every` steps (None: each epoch); `early_stopping` ends
-    training after that many validations without a better loss; the best weights are kept. A checkpoint is
-    written every `checkpoint_every` steps and when a signal asks to stop.
+    of all steps. `rates` multiply the rate of parameters by shell pattern, `layer_decay` that of each block below the
+    last once more, `lora_plus` that of LoRA's B. `label_smoothing` gives that share of the target to all tokens; `neftune`
+    is the noise on the embeddings of training rows. Validation runs every `validate_every` steps (None: each
+    epoch); `early_stopping` ends training after that many validations without a better `watch` (loss, accuracy, or one
+    of the metrics, for which answers are generated); the best weights are kept. `gradient_checkpointing` computes each
+    block again instead of keeping its inside; `halve_out_of_memory` halves `micro_batch_tokens` where a step does not fit.
+    A checkpoint is written every `checkpoint_every` steps and when a signal asks to stop. `trackers` are
+    accelerate's (wandb, mlflow ...), beside the logs that are always written.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -23,12 +30,22 @@ class TrainingSettings:
     micro_batch_tokens: int = 1024
     learning_rate: float | None = None
     weight_decay: float | None = None
+    optimizer: Kind = "adamw"
+    rates: dict[str, float] = field(default_factory=dict)
+    layer_decay: float = 1.0
+    lora_plus: float | None = None
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = 0.06
     clip: float = 1.0
+    label_smoothing: float = 0.0
+    neftune: float = 0.0
     validate_every: int | None = None
     early_stopping: int | None = None
+    watch: str = "loss"
+    gradient_checkpointing: bool = False
+    halve_out_of_memory: bool = False
     checkpoint_every: int = 200
+    trackers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "micro_batch_tokens", "checkpoint_every"):
@@ -41,8 +58,16 @@ class TrainingSettings:
             raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, at least 0 and below 1")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
-        if self.clip <= 0:
-            raise ValueError(f"clip is {self.clip}; it must be above 0")
+        for key in ("clip", "layer_decay", "lora_plus"):
+            if getattr(self, key) is not None and getattr(self, key) <= 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be above 0")
+        for pattern, factor in self.rates.items():
+            if factor < 0:
+                raise ValueError(f"the factor {factor} of {pattern!r} must not be negative")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
+        if self.neftune < 0:
+            raise ValueError(f"neftune is {self.neftune}; it must be at least 0")
 
     def steps(self, rows: int) -> int:
         """Optimizer steps for a training split of `rows` rows."""

@@ -1,0 +1,39 @@
+"""Gradient checkpointing (Chen et al. 2016, https://arxiv.org/abs/1604.06174): keep a block's input, compute its inside again.
+
+memory of activations: blocks x (input) + one block's inside; time: one more forward pass
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from luthier.errors import UserError
+
+
+@contextmanager
+def recomputed(model: nn.Module) -> Iterator[None]:
+    """Within it, each block of the model is computed again in the backward pass instead of kept.
+
+    Raises UserError for a model whose blocks transformers cannot checkpoint.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise UserError(
+            f"gradient_checkpointing: the blocks of {type(model).__name__} cannot be checkpointed. Set it to false."
+        )
+    # The same random numbers in both passes: dropout inside a tuning must not differ.
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=True)
+    for block in blocks:
+        block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = again  # type: ignore[assignment]
+        block.training = True  # of the block alone: what is inside stays in eval mode
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.gradient_checkpointing = False
+            block.training = False
