@@ -10,6 +10,7 @@ from luthier.audit_rows import audit, stop_on_errors
 from luthier.directory import BASELINE, RunDirectory
 from luthier.errors import Interrupted, UserError
 from luthier.files import write_json, write_whole
+from luthier.metrics import metric
 from luthier.models.base import BaseModel
 from luthier.recipe import Recipe
 from luthier.report.build import build_report
@@ -27,6 +28,8 @@ def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool 
     """
     loaded = [(task, recipe.examples(task)) for task in (*recipe.tasks, *recipe.retention)]
     for task, examples in loaded:
+        for name in task.judged_by:
+            metric(name).needs()
         if not examples.test:
             raise UserError(f"The test split of task {task.name!r} has no rows. Set `test` to a file or a share.")
     findings = audit(recipe, [examples for _, examples in loaded[: len(recipe.tasks)]])

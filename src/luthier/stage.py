@@ -21,7 +21,10 @@ from luthier.directory import BASELINE, RunDirectory
 from luthier.encoding.batches import encode_all
 from luthier.encoding.encoder import Encoded, Encoder
 from luthier.errors import Interrupted, UserError
-from luthier.evaluation.score import answer, loss_and_accuracy, losses, mean_of_tasks, measure
+from luthier.evaluation.kept import keep, keep_mean
+from luthier.evaluation.score import answer, loss_and_accuracy, losses, measure
+from luthier.metrics import MODEL_METRICS
+from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
 from luthier.models.memory import peak_bytes, resident_bytes
 from luthier.progress import Progress
@@ -180,8 +183,8 @@ def _validate(stage: Stage, rows: list[Encoded], reserve: int, watch: str = "los
     scores: dict[str, float] = {}
     if watch not in ("loss", "accuracy"):
         longest = max(task.max_new_tokens for task, _ in stage.tasks)
-        found, _ = measure(answer(stage.base, stage.encoder, _held_out(stage), longest, reserve), [watch])
-        scores[watch] = found[watch]["value"]
+        found = measure(answer(stage.base, stage.encoder, _held_out(stage), longest, reserve), [watch])
+        scores[watch] = found[watch].value
     if isinstance(stage.recipe.task, Task) and stage.recipe.task.choices:
         answers = answer(stage.base, stage.encoder, _held_out(stage), 1, reserve)
         accuracy = sum(one.prediction in one.references for one in answers) / len(answers)
@@ -192,8 +195,8 @@ def _score_tasks(stage: Stage, name: str, reserve: int) -> dict[str, Any]:
     """Scores of the recipe's task; of a mixture, of each of its tasks and their mean."""
     scores = {task.name: _score(stage, name, task, examples.test, reserve) for task, examples in stage.tasks}
     if isinstance(stage.recipe.task, Mixture):
-        judged = [(scores[task.name], task.judged_by[-1]) for task in stage.recipe.tasks]
-        scores[stage.recipe.task.name] = mean_of_tasks(judged)
+        judged = [(task.name, task.judged_by[-1]) for task in stage.recipe.tasks]
+        scores[stage.recipe.task.name] = keep_mean(scores, judged)
     return scores
 
 
@@ -217,15 +220,14 @@ def _score(stage: Stage, name: str, task: Task, examples: Sequence[Example], res
 
     started = time.perf_counter()
     stage.progress.begin(f"scoring {task.name}", len(examples))
-    entries: dict[str, Any] = {}
-    values: dict[str, Any] = {}
-    named = [metric for metric in task.judged_by if metric != "loss"]
-    if "loss" in task.judged_by:
-        entries["loss"], values["loss"] = losses(stage.base, _encode(stage, examples, reserve, task.name))
+    scores: dict[str, Score] = {}
+    own = [metric for metric in task.judged_by if metric in MODEL_METRICS]
+    named = [metric for metric in task.judged_by if metric not in MODEL_METRICS]
+    if own:
+        scores |= losses(stage.base, _encode(stage, examples, reserve, task.name), own)
     if named:
         predictions = answer(stage.base, stage.encoder, examples, task.max_new_tokens, reserve, tell)
-        more, each = measure(predictions, named)
-        entries, values = entries | more, values | each
+        scores |= measure(predictions, named)
         lines = [
             {
                 "id": found.id,
@@ -238,11 +240,8 @@ def _score(stage: Stage, name: str, task: Task, examples: Sequence[Example], res
             for found in predictions
         ]
         stage.directory.save_predictions(name, task.name, lines)
-    return {
-        "metrics": entries,
-        "values": {metric: [float(one) for one in each] for metric, each in values.items()},
-        "seconds": time.perf_counter() - started,
-    }
+    in_order = {metric: scores[metric] for metric in task.judged_by}  # the last is the main one
+    return {**keep(in_order), "seconds": time.perf_counter() - started}
 
 
 def _encode(stage: Stage, examples: Sequence[Example], reserve: int, what: str) -> list[Encoded]:
