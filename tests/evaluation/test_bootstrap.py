@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from luthier.evaluation.bootstrap import compare, holm, interval, over_seeds, paired_difference
+from luthier.metrics import metric
 from luthier.metrics.resample import RESAMPLES, mean, resample
 
 
@@ -55,6 +56,20 @@ def test_two_copies_of_a_system_differ_in_about_one_trial_of_twenty() -> None:
     assert 0.03 <= trials_called_different(draw, 600) <= 0.08
 
 
+def test_so_do_they_by_a_metric_of_the_whole_set() -> None:
+    """A/A for macro F1: both systems are right in 60 % of cases, with errors of their own."""
+    random = np.random.default_rng(4)
+    labels = np.array(list("abc"))
+
+    def draw():
+        true = random.choice(labels, 80)
+        sides = [np.where(random.random(80) < 0.6, true, random.choice(labels, 80)) for _ in range(2)]
+        ours, theirs = (metric("macro_f1").score(side.tolist(), [[one] for one in true]) for side in sides)
+        return compare(ours.sampled, theirs.sampled)
+
+    assert 0.02 <= trials_called_different(draw, 300) <= 0.09  # 300 trials: a deviation of 1.3 %
+
+
 def test_pairing_sees_what_the_spread_between_examples_hides() -> None:
     hard = np.random.default_rng(4).random(40)
     better = hard + 0.02 + np.random.default_rng(5).normal(0, 0.02, 40)
@@ -86,6 +101,26 @@ def test_p_is_near_the_t_tests_on_a_normal_sample() -> None:
     each = ours - theirs
     z = abs(each.mean()) / (each.std(ddof=1) / math.sqrt(200))
     assert paired_difference(ours, theirs).p == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.02)
+
+
+def test_a_paired_difference_of_bleu_is_that_of_the_drawn_texts() -> None:
+    references = [
+        [f"the {word} is on the mat near the door {n}"]
+        for n, word in enumerate(["cat", "dog", "fox", "hen", "cow", "pig"])
+    ]
+    ours = [row[0] if n % 2 else row[0].replace("near", "by") for n, row in enumerate(references)]
+    theirs = [row[0].replace("the mat", "a mat") for row in references]
+    bleu = metric("bleu").score
+    found = compare(bleu(ours, references).sampled, bleu(theirs, references).sampled)
+    drawn = np.random.default_rng(0).integers(6, size=(RESAMPLES, 6))
+    slow = [
+        bleu([ours[n] for n in one], [references[n] for n in one]).value
+        - bleu([theirs[n] for n in one], [references[n] for n in one]).value
+        for one in drawn[:25]
+    ]
+    fast = bleu(ours, references).sampled.draws[:25] - bleu(theirs, references).sampled.draws[:25]
+    np.testing.assert_allclose(fast, slow, atol=1e-12)
+    assert found.value == bleu(ours, references).value - bleu(theirs, references).value
 
 
 def test_holm_by_hand() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from luthier.errors import UserError, nearest
-from luthier.metrics import losses, resample
+from luthier.metrics import answers, bleu, chrf, labels, losses, nist, resample
 from luthier.metrics.accuracy import accuracy
 from luthier.metrics.rouge import rouge
 from luthier.metrics.score import Score
@@ -30,7 +30,17 @@ METRICS: dict[str, Metric] = {
     "rouge2": Metric(rouge("rouge2")),
     "rougeL": Metric(rouge("rougeL")),
     "rougeLsum": Metric(rouge("rougeLsum")),
+    "bleu": Metric(bleu.bleu(), bleu.from_sums),
+    "bleu_lc": Metric(bleu.bleu(lowercase=True), bleu.from_sums),
+    "chrf": Metric(chrf.chrf(), chrf.from_sums),
+    "chrf++": Metric(chrf.chrf(word_order=2), chrf.from_sums),
+    "nist": Metric(nist.nist, nist.from_sums, scale=1),
+    "exact_match": Metric(answers.exact_match("exact_match", answers.plain)),
+    "squad_exact_match": Metric(answers.exact_match("squad_exact_match", answers.squad)),
+    "token_f1": Metric(answers.token_f1),
     "accuracy": Metric(accuracy),
+    "macro_f1": Metric(labels.macro_f1, labels.macro_f1_from_sums),
+    "matthews": Metric(labels.matthews, labels.matthews_from_sums),
 }
 
 # From the model's own log-probabilities instead of texts.
