@@ -1,13 +1,15 @@
 """Worked cases of each family, and libraries as oracles on random texts."""
 
 import math
+import subprocess
 
 import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU, CHRF
-from tests.metrics.test_metrics import texts
+from tests.metrics.test_metrics import texts, usable
 
-from luthier.metrics import MODEL_METRICS, metric
+from luthier.errors import UserError
+from luthier.metrics import METRICS, MODEL_METRICS, captions, metric
 from luthier.metrics.answers import squad
 
 
@@ -77,3 +79,29 @@ def test_perplexity_weighs_tokens_and_loss_weighs_rows() -> None:
     nats, tokens = [2.0, 12.0], [1, 9]
     assert MODEL_METRICS["perplexity"].score(nats, tokens).value == pytest.approx(math.exp(14 / 10))
     assert MODEL_METRICS["loss"].score(nats, tokens).value == pytest.approx((2 / 1 + 12 / 9) / 2)
+
+
+def test_meteor_from_statistics_is_what_the_program_makes_of_them() -> None:
+    score = usable("meteor").score(*texts(25, 2))
+    lines = ["EVAL ||| " + " ||| ".join(" ".join(map(str, row)) for row in score.rows)]
+    jar = captions._package() / "meteor" / "meteor-1.5.jar"
+    done = subprocess.run(
+        ["java", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"],
+        input="\n".join(lines) + "\n", capture_output=True, text=True,
+    )  # fmt: skip
+    *each, total = map(float, done.stdout.split())
+    assert score.values.tolist() == pytest.approx(each, abs=1e-12)
+    assert score.value == pytest.approx(total, abs=1e-12)
+
+
+def test_a_failing_java_program_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    usable("cider")
+    with pytest.raises(UserError, match="Java program .* failed on 1 texts: .*[Cc]lass"):
+        captions._java(["NoSuchClass"], ["text"])
+
+
+def test_caption_texts_may_hold_line_ends_and_bars() -> None:
+    usable("cider")
+    assert captions.ptb(("one\ntwo\u2028three\r\nfour", "", "five")) == ("one two three four", "", "five")
+    found = METRICS["rougeL_caption"].score(["a ||| b"], [["a b ||| "]])
+    assert found.value == pytest.approx(1.0)

@@ -13,6 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from luthier.errors import UserError
 from luthier.metrics import METRICS, MODEL_METRICS, Metric, metric
 from luthier.metrics.accuracy import accuracy
+from luthier.metrics.captions import needs_captions
 from luthier.metrics.lcs import lcs_length, lcs_places
 from luthier.metrics.rouge import sentences
 
@@ -151,6 +152,16 @@ def test_empty_and_identical_texts_behave(name: str) -> None:
     assert alone.interval().low == alone.interval().high == 0.0
 
 
+def test_meteor_of_empty_and_identical_texts() -> None:
+    same, other = "A quick brown fox jumps over it", "Seven ships sail at noon today"
+    found = usable("meteor").score(
+        [same, other, "", same, "", same], [[same], [same], [same], ["", ""], [""], ["no", same]]
+    )
+    assert found.values.tolist() == [1, 0, 0, 0, 0, 1]
+    assert np.isfinite(found.sampled.draws).all()
+    assert found.signature.startswith("metric:meteor|")
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_texts_of_ten_thousand_words_take_seconds(name: str) -> None:
     found = usable(name)
@@ -194,3 +205,13 @@ def test_scores_say_how_they_were_made(name: str) -> None:
     assert found.signature.startswith(f"metric:{name}|")
     assert len(found.values) == len(found.rows) == 2
     assert found.value == usable(name).score(["a b c d", "e"], [["a b c d"], ["e", "f"]]).value
+
+
+def test_what_the_caption_metrics_lack_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.metrics.captions.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"need the package pycocoevalcap.*pip install 'luthier\[captions\]'"):
+        needs_captions()
+    monkeypatch.setattr("luthier.metrics.captions.find_spec", lambda name: object())
+    monkeypatch.setattr("luthier.metrics.captions.shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="need Java.*install a Java runtime"):
+        metric("meteor").needs()

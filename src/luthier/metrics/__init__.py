@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from luthier.errors import UserError, nearest
-from luthier.metrics import answers, bleu, chrf, labels, losses, nist, resample
+from luthier.metrics import answers, bleu, captions, chrf, labels, losses, nist, resample
 from luthier.metrics.accuracy import accuracy
 from luthier.metrics.rouge import rouge
 from luthier.metrics.score import Score
@@ -35,6 +35,9 @@ METRICS: dict[str, Metric] = {
     "chrf": Metric(chrf.chrf(), chrf.from_sums),
     "chrf++": Metric(chrf.chrf(word_order=2), chrf.from_sums),
     "nist": Metric(nist.nist, nist.from_sums, scale=1),
+    "meteor": Metric(captions.meteor, captions.meteor_from_sums, needs=captions.needs_captions),
+    "cider": Metric(captions.cider, scale=1, needs=captions.needs_captions),
+    "rougeL_caption": Metric(captions.rouge_l_caption, needs=captions.needs_captions),
     "exact_match": Metric(answers.exact_match("exact_match", answers.plain)),
     "squad_exact_match": Metric(answers.exact_match("squad_exact_match", answers.squad)),
     "token_f1": Metric(answers.token_f1),
