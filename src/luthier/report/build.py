@@ -1,5 +1,6 @@
 """From the stages' results to one report."""
 
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
@@ -7,7 +8,8 @@ import numpy as np
 
 from luthier.data.task import Task
 from luthier.evaluation.bootstrap import compare, holm
-from luthier.evaluation.kept import MEAN, sampled
+from luthier.evaluation.kept import MEAN, entry, sampled
+from luthier.metrics.score import Score as Measured
 from luthier.recipe import Recipe
 from luthier.report.answer import answer
 from luthier.report.schema import (
@@ -32,8 +34,12 @@ def build_report(
     baseline: dict[str, Any],
     results: dict[str, dict[str, Any]],
     predictions: dict[str, list[dict[str, Any]]],
+    human: Mapping[str, Mapping[str, Measured]],
 ) -> Report:
-    """Compare the tunings of a run; `results` and `predictions` are by tuning, as the stages wrote them."""
+    """Compare the tunings of a run; `results` and `predictions` are by tuning, as the stages wrote them.
+
+    `human` holds the references' own scores by task and metric, for tasks with several.
+    """
     task = recipe.task
     metric = task.judged_by[-1] if isinstance(task, Task) else MEAN
     base = next(iter(results.values()))["base"]
@@ -59,6 +65,11 @@ def build_report(
         tunings=tunings,
         comparisons=comparisons,
         retention=retention,
+        human={
+            name: {by: Score(**entry(found)) for by, found in scores.items()}
+            for name, scores in human.items()
+            if scores
+        },
         examples=_examples(predictions),
         audit=[AuditFinding(**{**one, "rows": list(one["rows"])[:20]}) for one in audit],
         recipe=recipe.model_dump(mode="json"),
