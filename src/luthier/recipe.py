@@ -23,7 +23,7 @@ from luthier.data.mixture import Member, Mixture, TaskOrMixture
 from luthier.data.task import Examples, Task
 from luthier.encoding.encoder import Encoder, PromptTokens
 from luthier.errors import UserError, nearest
-from luthier.metrics import metric, reading
+from luthier.metrics import METRICS, MODEL_METRICS, metric, reading
 from luthier.models.load import DEFAULT_CONTEXT, BaseSpec, context_length, read_tokenizer
 from luthier.shorthand import RETENTION, expand
 from luthier.training.settings import TrainingSettings
@@ -201,6 +201,7 @@ def recipe_schema() -> dict[str, Any]:
     }
     file = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Source"}]}
     definitions["Task"]["properties"]["train"] = file
+    definitions["Task"]["properties"]["metrics"]["items"] = {"enum": [*METRICS, *MODEL_METRICS]}
     for split in ("validation", "test"):
         definitions["Task"]["properties"][split] = {"anyOf": [*file["anyOf"], {"type": "number"}], "default": 0.1}
     return schema

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
@@ -31,6 +32,7 @@ _LINE_ENDS = re.compile(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]")
 # content words against function words; and of matches: exact, stem, synonym, paraphrase.
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
 _MATCHES = np.array([1.0, 0.6, 0.8, 0.6])
+_MOST_PAIRS = 50_000  # of equal words; about 2,000 words of prose a side. Ten times that takes minutes and gigabytes.
 
 
 def needs_captions() -> None:
@@ -48,15 +50,20 @@ def needs_captions() -> None:
 
 
 def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """METEOR 1.5 (Denkowski and Lavie 2014), English, from statistics summed over the examples as its own total is."""
-    ours, theirs = _tokenized(predictions, references)
-    lines = [" ||| ".join(["SCORE", *row, one]) for one, row in zip(ours, theirs, strict=True)]
+    """METEOR 1.5 (Denkowski and Lavie 2014), English, from statistics summed over the examples as its own total is.
+
+    Texts of several thousand words are read up to where its aligner can follow; the signature counts them (`shortened`).
+    """
+    whole = list(zip(*_tokenized(predictions, references), strict=True))
+    read = [_shortened(one, row) for one, row in whole]
+    lines = [" ||| ".join(["SCORE", *row, one]) for one, row in read]
     folder = _package() / "meteor"
     found = _java(["-Xmx2G", "-jar", str(folder / "meteor-1.5.jar"), *["-", "-", "-stdio", "-l", "en", "-norm"]], lines)
     rows = np.array([[float(figure) for figure in line.split()] for line in found])
     ours_whole, theirs_whole = rows[:, 21] == rows[:, 0], rows[:, 22] == rows[:, 1]
     rows[ours_whole & theirs_whole & (rows[:, 20] == 1), 20] = 0  # a text matched in one piece is not broken at all
-    signature = f"metric:meteor|version:1.5|lang:en|norm:yes|{_signed(references, 'best')}"
+    shortened = sum(ours != theirs for ours, theirs in zip(whole, read, strict=True))
+    signature = f"metric:meteor|version:1.5|lang:en|norm:yes|shortened:{shortened}|{_signed(references, 'best')}"
     return Score(meteor_from_sums(rows, 1), signature, statistics=rows, formula=meteor_from_sums)
 
 
@@ -73,6 +80,22 @@ def meteor_from_sums(sums: Floats, examples: int) -> Floats:
     mean = np.where(some, 1 / ((1 - _ALPHA) / np.where(some, precision, 1) + _ALPHA / np.where(some, recall, 1)), 0.0)
     found: Floats = mean * (1 - _GAMMA * broken**_BETA)
     return found
+
+
+def _shortened(prediction: str, references: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """Both sides' first words, as many as METEOR's aligner can bear: it weighs every pair of equal words."""
+    ours, theirs = prediction.split(" "), [one.split(" ") for one in references]
+    length = max(map(len, (ours, *theirs)))
+    while any(_pairs(ours[:length], one[:length]) > _MOST_PAIRS for one in theirs):
+        length = length * 3 // 4
+    return " ".join(ours[:length]), tuple(" ".join(one[:length]) for one in theirs)
+
+
+def _pairs(ours: list[str], theirs: list[str]) -> int:
+    if len(ours) * len(theirs) <= _MOST_PAIRS:
+        return 0
+    times = Counter(theirs)
+    return sum(count * times[word] for word, count in Counter(ours).items())
 
 
 def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
