@@ -136,6 +136,18 @@ def test_shots_fill_the_context_and_it_is_said_how_many_fitted(content: dict, tm
     assert "6 of 6 prompts hold fewer than 14 shots" in capsys.readouterr().out
 
 
+def test_shots_may_be_chosen_by_similarity(content: dict, tmp_path: Path) -> None:
+    content["retention"] = []
+    content["tunings"] = {"random": {"method": "few_shot"}, "similar": {"method": "few_shot", "selection": "similar"}}
+    report = run(make_recipe(content), tmp_path / "out", isolate=False)
+    assert report.tunings["similar"].settings["selection"] == "similar"
+    assert report.tunings["similar"].shots.mean == 2.0
+    lines = (tmp_path / "out" / "predictions" / "similar.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        name = line["input"].split()[2]
+        assert line["prompt"].count(f"{name} asks about room") == 3, "both shots are about the person of the question"
+
+
 def test_a_task_with_choices_is_validated_by_its_answers(content: dict, tmp_path: Path) -> None:
     """The share of right answers has the validation split's denominator, not its tokens'."""
     content["task"] = {**content["retention"][0], "train": "rows.jsonl", "validation": 7, "test": 5, "name": "who"}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.audit_rows import audit, stop_on_errors
+from luthier.data.shots import needs_similar
 from luthier.data.task import Task
 from luthier.directory import BASELINE, RunDirectory
 from luthier.errors import Interrupted, UserError
@@ -19,7 +20,7 @@ from luthier.recipe import Recipe
 from luthier.report.build import build_report
 from luthier.report.page import page
 from luthier.report.schema import Report
-from luthier.tuning import Method, attach, detach
+from luthier.tuning import FewShot, Method, attach, detach
 
 
 def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool = True) -> Report:
@@ -54,6 +55,8 @@ def _rehearse(recipe: Recipe) -> None:
     """Attach every tuning to the base's skeleton: a pattern that matches nothing is found before hours of work."""
     base = BaseModel.skeleton(recipe.base)
     for name, tuning in recipe.tunings.items():
+        if isinstance(tuning.method, FewShot) and tuning.method.selection == "similar":
+            needs_similar()
         if isinstance(tuning.method, Method):
             attach(base, name, tuning.method, recipe.seed)
             detach(base, name)

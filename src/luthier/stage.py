@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.mixture import Mixture
-from luthier.data.shots import choose_shots, with_shots
+from luthier.data.shots import choose_shots, similar_shots, with_shots
 from luthier.data.task import Example, Examples, Task
 from luthier.directory import BASELINE, RunDirectory
 from luthier.encoding.batches import encode_all
@@ -32,7 +32,7 @@ from luthier.recipe import Recipe
 from luthier.training.log import log_hooks, tracker_hooks
 from luthier.training.loop import Validation, train
 from luthier.training_rows import training_rows
-from luthier.tuning import Method, Prompting, attach, parameters
+from luthier.tuning import FewShot, Method, Prompting, attach, parameters
 from luthier.tuning.files import load_tuning, pack
 
 EXIT_INTERRUPTED = 3
@@ -80,7 +80,8 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
     asked = method.shot_count()
     if asked:  # training's limit on rows is no limit on what the model can read
         stage = replace(stage, encoder=stage.encoder.widened(stage.base.context))
-    prepared = [(task, _shown(stage, task, examples, asked)) for task, examples in stage.tasks]
+    similar = isinstance(method, FewShot) and method.selection == "similar"
+    prepared = [(task, _shown(stage, task, examples, asked, similar)) for task, examples in stage.tasks]
     kept = [len(example.shots) for _, examples in prepared for example in examples.test]
     if asked and min(kept) < asked:
         stage.progress.say(
@@ -107,11 +108,18 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
     }
 
 
-def _shown(stage: Stage, task: Task, examples: Examples, asked: int) -> Examples:
+def _shown(stage: Stage, task: Task, examples: Examples, asked: int, similar: bool) -> Examples:
     """Validation and test with `asked` training examples in each prompt, or as many as fit."""
-    shots = choose_shots(examples.train, asked, stage.recipe.seed) if asked else []
     budget = stage.encoder.max_length - task.max_new_tokens
-    put = lambda rows: [with_shots(row, shots, budget, stage.encoder.count) for row in rows]  # noqa: E731
+    same = choose_shots(examples.train, asked, stage.recipe.seed) if asked and not similar else []
+
+    def put(rows: Sequence[Example]) -> list[Example]:
+        shots = similar_shots(examples.train, rows, asked, stage.recipe.seed) if similar else [same] * len(rows)
+        return [
+            with_shots(row, shown, budget, stage.encoder.count, first_last=similar)
+            for row, shown in zip(rows, shots, strict=True)
+        ]
+
     return replace(examples, validation=put(examples.validation), test=put(examples.test))
 
 
