@@ -62,7 +62,8 @@ def over_seeds(runs: Sequence[Sampled], seed: int = 0) -> Repeated:
     """Put together one tuning's scores of several seeds on the same examples.
 
     Both are resampled: the examples (the runs' own draws) and which seeds there are. With few seeds the interval is a
-    little narrow, as every bootstrap of few things is. Compare two such by `compare`.
+    little narrow, as every bootstrap of few things is. Compare two such by `compare`: with one `seed` their runs are
+    paired in order (the same training seeds), with two they are drawn apart.
     """
     values = np.array([run.value for run in runs])
     draws = np.stack([run.draws for run in runs])  # (seeds, resamples)
