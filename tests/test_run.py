@@ -227,6 +227,12 @@ def test_what_a_metric_needs_is_asked_for_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+def test_perplexity_is_watched_as_the_loss(content: dict) -> None:
+    content["training"]["watch"] = "perplexity"
+    with pytest.raises(UserError, match="perplexity is least where the loss is, so watch `loss`"):
+        make_recipe(content)
+
+
 def test_a_mixtures_mean_is_of_shares(content: dict) -> None:
     content["task"] = {"tasks": [content["task"] | {"metrics": ["rouge1", "nist"]}]}
     with pytest.raises(UserError, match="that of 'who' is nist, which is no share from 0 to 1"):
