@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 import yaml
 
@@ -16,6 +17,7 @@ import luthier.files
 from luthier.cli import app
 from luthier.errors import UserError
 from luthier.job import run
+from luthier.metrics import METRICS, metric, reading
 from luthier.recipe import load_recipe, make_recipe
 from luthier.report.schema import report_schema
 from luthier.session import Session
@@ -134,6 +136,18 @@ def test_shots_fill_the_context_and_it_is_said_how_many_fitted(content: dict, tm
     assert "6 of 6 prompts hold fewer than 14 shots" in capsys.readouterr().out
 
 
+def test_shots_may_be_chosen_by_similarity(content: dict, tmp_path: Path) -> None:
+    content["retention"] = []
+    content["tunings"] = {"random": {"method": "few_shot"}, "similar": {"method": "few_shot", "selection": "similar"}}
+    report = run(make_recipe(content), tmp_path / "out", isolate=False)
+    assert report.tunings["similar"].settings["selection"] == "similar"
+    assert report.tunings["similar"].shots.mean == 2.0
+    lines = (tmp_path / "out" / "predictions" / "similar.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        name = line["input"].split()[2]
+        assert line["prompt"].count(f"{name} asks about room") == 3, "both shots are about the person of the question"
+
+
 def test_a_task_with_choices_is_validated_by_its_answers(content: dict, tmp_path: Path) -> None:
     """The share of right answers has the validation split's denominator, not its tokens'."""
     content["task"] = {**content["retention"][0], "train": "rows.jsonl", "validation": 7, "test": 5, "name": "who"}
@@ -144,6 +158,85 @@ def test_a_task_with_choices_is_validated_by_its_answers(content: dict, tmp_path
         assert tuning.validation_accuracy * 7 == pytest.approx(round(tuning.validation_accuracy * 7))
         assert list(tuning.scores["who"]) == ["accuracy"]
     assert report.tunings["lora"].validation_accuracy > report.tunings["zero_shot"].validation_accuracy
+
+
+def test_a_task_may_be_judged_by_any_metric(content: dict, tmp_path: Path) -> None:
+    """Every metric, one run: scores, intervals, pairs of the last metric; more people's answers give a human baseline."""
+    names = [name for name in METRICS if name != "meteor"]  # of the caption metrics the slow one is left out
+    try:
+        metric("cider").needs()
+    except UserError:
+        names = [name for name in names if name not in ("cider", "rougeL_caption")]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    more = [row | {"other": f"It is {row['who']} who asks about it."} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    content["task"] |= {"metrics": ["loss", "perplexity", *names], "references": ["who", "other"]}
+    content["retention"] = [{**content["retention"][0], "metrics": ["accuracy", "macro_f1"]}]
+    content["tunings"] = {"zero_shot": {}, "lora": {"rank": 2}, "full": {}}
+    report = run(make_recipe(content), tmp_path / "out", isolate=False)
+    jsonschema.validate(json.loads((tmp_path / "out" / "report.json").read_text()), report_schema())
+    assert report.metric == names[-1]
+    for tuning in report.tunings.values():
+        scores = tuning.scores["who"]
+        assert list(scores) == ["loss", "perplexity", *names]
+        assert all(f"metric:{name}|" in score.signature for name, score in scores.items())
+        assert all("|n:6|interval:bootstrap95|" in score.signature for score in scores.values())
+        assert "brevity_penalty" in scores["bleu"].parts
+        assert scores["perplexity"].low <= scores["perplexity"].value <= scores["perplexity"].high
+    assert list(report.human["who"]) == names
+    assert "human:leave-one-out|others:best" in report.human["who"]["rouge1"].signature
+    assert 0 < report.human["who"]["rouge1"].value < 1
+    assert {one.metric for one in report.retention} == {"macro_f1"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "each reference against the others" in page
+    assert "loss, perplexity, nist" in page
+    kept = json.loads((tmp_path / "out" / "results" / "lora.json").read_text())["scores"]["who"]
+    for name in ("bleu", "nist", "perplexity", "macro_f1"):
+        value = report.tunings["lora"].scores["who"][name].value
+        rows = np.array(kept["statistics"][name], dtype=float)
+        assert float(reading(name).formula(rows.sum(axis=0), 6)) == pytest.approx(value)
+    assert "rouge1" not in kept["statistics"], "a mean needs no more than its values"
+
+
+def test_where_less_is_better_the_lowest_wins(content: dict, tmp_path: Path) -> None:
+    content["task"]["metrics"] = ["rouge1", "perplexity"]
+    content["retention"] = []
+    content["tunings"] = {"zero_shot": {}, "lora": {"rank": 4, "training": {"max_steps": 60, "learning_rate": 0.02}}}
+    report = run(make_recipe(content), tmp_path / "out", isolate=False)
+    (pair,) = report.comparisons
+    assert (pair.ours, pair.theirs, pair.metric) == ("lora", "zero_shot", "perplexity")
+    assert pair.value == pytest.approx(
+        report.tunings["lora"].scores["who"]["perplexity"].value
+        - report.tunings["zero_shot"].scores["who"]["perplexity"].value
+    )
+    assert pair.value < 0 and pair.high < 0 and pair.p == pair.p_corrected < 0.05
+    assert report.answer.startswith("lora is the smallest tuning within noise of the best, at perplexity ")
+    assert "it beats zero_shot with 95 % confidence" in report.answer
+    assert "lora is better" in (tmp_path / "out" / "report.html").read_text()
+    assert report.human == {}
+
+
+def test_what_a_metric_needs_is_asked_for_before_anything_runs(
+    content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("luthier.metrics.captions.shutil.which", lambda name: None)
+    monkeypatch.setattr("luthier.metrics.captions.find_spec", lambda name: object())
+    content["task"]["metrics"] = ["meteor"]
+    with pytest.raises(UserError, match="need Java"):
+        run(make_recipe(content), tmp_path / "out", isolate=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_perplexity_is_watched_as_the_loss(content: dict) -> None:
+    content["training"]["watch"] = "perplexity"
+    with pytest.raises(UserError, match="perplexity is least where the loss is, so watch `loss`"):
+        make_recipe(content)
+
+
+def test_a_mixtures_mean_is_of_shares(content: dict) -> None:
+    content["task"] = {"tasks": [content["task"] | {"metrics": ["rouge1", "nist"]}]}
+    with pytest.raises(UserError, match="that of 'who' is nist, which is no share from 0 to 1"):
+        make_recipe(content)
 
 
 def test_the_t5_examples_run_on_a_tiny_t5(bases: Path, tmp_path: Path) -> None:
@@ -411,6 +504,7 @@ def test_a_mixture_is_trained_on_and_scored_task_by_task(
         "name": "room",
         "template": "Is {{ who }} here? {{ text }} ||| {{ who }}",
         "choices": NAMES,
+        "metrics": ["accuracy", "macro_f1"],
         "train": "rows.jsonl",
         "validation": 4,
         "test": 6,

@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from luthier.audit_rows import audit, stop_on_errors
+from luthier.data.shots import needs_similar
+from luthier.data.task import Task
 from luthier.directory import BASELINE, RunDirectory
 from luthier.errors import Interrupted, UserError
+from luthier.evaluation.human import human_score
 from luthier.files import write_json, write_whole
+from luthier.metrics import METRICS, metric
+from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
 from luthier.recipe import Recipe
 from luthier.report.build import build_report
 from luthier.report.page import page
 from luthier.report.schema import Report
-from luthier.tuning import Method, attach, detach
+from luthier.tuning import FewShot, Method, attach, detach
 
 
 def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool = True) -> Report:
@@ -27,8 +32,13 @@ def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool 
     """
     loaded = [(task, recipe.examples(task)) for task in (*recipe.tasks, *recipe.retention)]
     for task, examples in loaded:
+        for name in task.judged_by:
+            metric(name).needs()
         if not examples.test:
             raise UserError(f"The test split of task {task.name!r} has no rows. Set `test` to a file or a share.")
+    for tuning in recipe.tunings.values():
+        if tuning.training.watch in METRICS:
+            metric(tuning.training.watch).needs()
     findings = audit(recipe, [examples for _, examples in loaded[: len(recipe.tasks)]])
     stop_on_errors(findings)
     _rehearse(recipe)
@@ -45,6 +55,8 @@ def _rehearse(recipe: Recipe) -> None:
     """Attach every tuning to the base's skeleton: a pattern that matches nothing is found before hours of work."""
     base = BaseModel.skeleton(recipe.base)
     for name, tuning in recipe.tunings.items():
+        if isinstance(tuning.method, FewShot) and tuning.method.selection == "similar":
+            needs_similar()
         if isinstance(tuning.method, Method):
             attach(base, name, tuning.method, recipe.seed)
             detach(base, name)
@@ -126,8 +138,16 @@ def _report(directory: RunDirectory, recipe: Recipe) -> Report:
         directory.result(BASELINE) or {"scores": {}},
         results,
         {name: directory.predictions(name) for name in recipe.tunings},
+        {task.name: _human(recipe, task) for task in recipe.tasks},
     )
     write_json(directory.path / "report.json", report.model_dump(mode="json"))
     write_whole(directory.path / "report.html", page(report).encode())
     directory.forget_checkpoints()
     return report
+
+
+def _human(recipe: Recipe, task: Task) -> dict[str, Score]:
+    """The references of a task's test rows scored against each other, by metric; none where rows have one each."""
+    references = [example.references for example in recipe.examples(task).test]
+    found = {name: human_score(name, references) for name in task.judged_by if name in METRICS}
+    return {name: score for name, score in found.items() if score is not None}

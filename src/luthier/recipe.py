@@ -23,7 +23,7 @@ from luthier.data.mixture import Member, Mixture, TaskOrMixture
 from luthier.data.task import Examples, Task
 from luthier.encoding.encoder import Encoder, PromptTokens
 from luthier.errors import UserError, nearest
-from luthier.metrics import metric
+from luthier.metrics import METRICS, MODEL_METRICS, metric, reading
 from luthier.models.load import DEFAULT_CONTEXT, BaseSpec, context_length, read_tokenizer
 from luthier.shorthand import RETENTION, expand
 from luthier.training.settings import TrainingSettings
@@ -92,12 +92,20 @@ class Recipe(BaseModel):
                     "with training.max_steps"
                 )
         for tuning in self.tunings.values():
+            if tuning.training.watch == "perplexity":
+                raise ValueError("training.watch: perplexity is least where the loss is, so watch `loss`")
             if tuning.training.watch not in ("loss", "accuracy"):
                 metric(tuning.training.watch)
         for task in (*self.tasks, *self.retention):
             for name in task.judged_by:
-                if name != "loss":
-                    metric(name)
+                metric(name)
+        if isinstance(self.task, Mixture):
+            for task in self.tasks:
+                if reading(task.judged_by[-1]).scale != 100:
+                    raise ValueError(
+                        f"the mixture's score is the mean of its tasks' main (last) metrics, but that of {task.name!r} is "
+                        f"{task.judged_by[-1]}, which is no share from 0 to 1; put one that is last in its metrics"
+                    )
         return self
 
     def encoder(self, tokenizer: Any, encoder_decoder: bool, context: int) -> Encoder:
@@ -193,6 +201,7 @@ def recipe_schema() -> dict[str, Any]:
     }
     file = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Source"}]}
     definitions["Task"]["properties"]["train"] = file
+    definitions["Task"]["properties"]["metrics"]["items"] = {"enum": [*METRICS, *MODEL_METRICS]}
     for split in ("validation", "test"):
         definitions["Task"]["properties"][split] = {"anyOf": [*file["anyOf"], {"type": "number"}], "default": 0.1}
     return schema

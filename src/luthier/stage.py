@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.mixture import Mixture
-from luthier.data.shots import choose_shots, with_shots
+from luthier.data.shots import choose_shots, similar_shots, with_shots
 from luthier.data.task import Example, Examples, Task
 from luthier.directory import BASELINE, RunDirectory
 from luthier.encoding.batches import encode_all
 from luthier.encoding.encoder import Encoded, Encoder
 from luthier.errors import Interrupted, UserError
-from luthier.evaluation.score import answer, loss_and_accuracy, losses, mean_of_tasks, measure
+from luthier.evaluation.kept import keep, keep_mean
+from luthier.evaluation.score import answer, loss_and_accuracy, losses, measure
+from luthier.metrics import MODEL_METRICS
+from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
 from luthier.models.memory import peak_bytes, resident_bytes
 from luthier.progress import Progress
@@ -29,7 +32,7 @@ from luthier.recipe import Recipe
 from luthier.training.log import log_hooks, tracker_hooks
 from luthier.training.loop import Validation, train
 from luthier.training_rows import training_rows
-from luthier.tuning import Method, Prompting, attach, parameters
+from luthier.tuning import FewShot, Method, Prompting, attach, parameters
 from luthier.tuning.files import load_tuning, pack
 
 EXIT_INTERRUPTED = 3
@@ -77,7 +80,8 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
     asked = method.shot_count()
     if asked:  # training's limit on rows is no limit on what the model can read
         stage = replace(stage, encoder=stage.encoder.widened(stage.base.context))
-    prepared = [(task, _shown(stage, task, examples, asked)) for task, examples in stage.tasks]
+    similar = isinstance(method, FewShot) and method.selection == "similar"
+    prepared = [(task, _shown(stage, task, examples, asked, similar)) for task, examples in stage.tasks]
     kept = [len(example.shots) for _, examples in prepared for example in examples.test]
     if asked and min(kept) < asked:
         stage.progress.say(
@@ -104,11 +108,18 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
     }
 
 
-def _shown(stage: Stage, task: Task, examples: Examples, asked: int) -> Examples:
+def _shown(stage: Stage, task: Task, examples: Examples, asked: int, similar: bool) -> Examples:
     """Validation and test with `asked` training examples in each prompt, or as many as fit."""
-    shots = choose_shots(examples.train, asked, stage.recipe.seed) if asked else []
     budget = stage.encoder.max_length - task.max_new_tokens
-    put = lambda rows: [with_shots(row, shots, budget, stage.encoder.count) for row in rows]  # noqa: E731
+    same = choose_shots(examples.train, asked, stage.recipe.seed) if asked and not similar else []
+
+    def put(rows: Sequence[Example]) -> list[Example]:
+        shots = similar_shots(examples.train, rows, asked, stage.recipe.seed) if similar else [same] * len(rows)
+        return [
+            with_shots(row, shown, budget, stage.encoder.count, first_last=similar)
+            for row, shown in zip(rows, shots, strict=True)
+        ]
+
     return replace(examples, validation=put(examples.validation), test=put(examples.test))
 
 
@@ -180,8 +191,8 @@ def _validate(stage: Stage, rows: list[Encoded], reserve: int, watch: str = "los
     scores: dict[str, float] = {}
     if watch not in ("loss", "accuracy"):
         longest = max(task.max_new_tokens for task, _ in stage.tasks)
-        found, _ = measure(answer(stage.base, stage.encoder, _held_out(stage), longest, reserve), [watch])
-        scores[watch] = found[watch]["value"]
+        found = measure(answer(stage.base, stage.encoder, _held_out(stage), longest, reserve), [watch])
+        scores[watch] = found[watch].value
     if isinstance(stage.recipe.task, Task) and stage.recipe.task.choices:
         answers = answer(stage.base, stage.encoder, _held_out(stage), 1, reserve)
         accuracy = sum(one.prediction in one.references for one in answers) / len(answers)
@@ -192,8 +203,8 @@ def _score_tasks(stage: Stage, name: str, reserve: int) -> dict[str, Any]:
     """Scores of the recipe's task; of a mixture, of each of its tasks and their mean."""
     scores = {task.name: _score(stage, name, task, examples.test, reserve) for task, examples in stage.tasks}
     if isinstance(stage.recipe.task, Mixture):
-        judged = [(scores[task.name], task.judged_by[-1]) for task in stage.recipe.tasks]
-        scores[stage.recipe.task.name] = mean_of_tasks(judged)
+        judged = [(task.name, task.judged_by[-1]) for task in stage.recipe.tasks]
+        scores[stage.recipe.task.name] = keep_mean(scores, judged)
     return scores
 
 
@@ -217,15 +228,14 @@ def _score(stage: Stage, name: str, task: Task, examples: Sequence[Example], res
 
     started = time.perf_counter()
     stage.progress.begin(f"scoring {task.name}", len(examples))
-    entries: dict[str, Any] = {}
-    values: dict[str, Any] = {}
-    named = [metric for metric in task.judged_by if metric != "loss"]
-    if "loss" in task.judged_by:
-        entries["loss"], values["loss"] = losses(stage.base, _encode(stage, examples, reserve, task.name))
+    scores: dict[str, Score] = {}
+    own = [metric for metric in task.judged_by if metric in MODEL_METRICS]
+    named = [metric for metric in task.judged_by if metric not in MODEL_METRICS]
+    if own:
+        scores |= losses(stage.base, _encode(stage, examples, reserve, task.name), own)
     if named:
         predictions = answer(stage.base, stage.encoder, examples, task.max_new_tokens, reserve, tell)
-        more, each = measure(predictions, named)
-        entries, values = entries | more, values | each
+        scores |= measure(predictions, named)
         lines = [
             {
                 "id": found.id,
@@ -238,11 +248,8 @@ def _score(stage: Stage, name: str, task: Task, examples: Sequence[Example], res
             for found in predictions
         ]
         stage.directory.save_predictions(name, task.name, lines)
-    return {
-        "metrics": entries,
-        "values": {metric: [float(one) for one in each] for metric, each in values.items()},
-        "seconds": time.perf_counter() - started,
-    }
+    in_order = {metric: scores[metric] for metric in task.judged_by}  # the last is the main one
+    return {**keep(in_order), "seconds": time.perf_counter() - started}
 
 
 def _encode(stage: Stage, examples: Sequence[Example], reserve: int, what: str) -> list[Encoded]:

@@ -6,7 +6,7 @@ import pytest
 
 from luthier.data.library import task_files
 from luthier.data.load import load_examples
-from luthier.data.shots import choose_shots, with_shots
+from luthier.data.shots import choose_shots, similar_shots, with_shots
 from luthier.data.source import Source
 from luthier.data.task import Example, Task
 from luthier.errors import UserError
@@ -163,3 +163,37 @@ def test_stratified_splits_hold_each_value_in_its_proportion(tmp_path: Path) -> 
     assert ids[0] == ids[1] != ids[2]
     with pytest.raises(UserError, match="no column 'labels' .asked for by `stratify`"):
         load_examples(replace(task, stratify="labels"), tmp_path, 0)
+
+
+def test_similar_shots_are_those_with_the_questions_rare_words() -> None:
+    about = [
+        "the blue whale in the sea",
+        "the red fox in the wood",
+        "the old clock in the hall",
+        "the fox and the hall",
+    ]
+    train = [Example(str(n), text, f"a{n}") for n, text in enumerate(about)] + [
+        Example("no", "the fox and the clock", "")
+    ]
+    questions = [
+        Example("q", "where is the fox in the wood?", "x"),
+        Example("r", "THE CLOCK!", "x"),
+        Example("s", "?", "x"),
+    ]
+    first, second, none = similar_shots(train, questions, 2, seed=0)
+    assert first == [("the red fox in the wood", "a1"), ("the fox and the hall", "a3")]
+    assert second[0] == ("the old clock in the hall", "a2")
+    assert len(set(none)) == 2, "with no word in common there still are shots"
+    assert similar_shots(train, questions, 2, seed=0) == [first, second, none]
+    # The likest stands right before the question and is dropped last.
+    count = lambda one: 10 * (1 + len(one.shots))  # noqa: E731
+    assert with_shots(questions[0], first, 30, count, first_last=True).shots == tuple(first[::-1])
+    assert with_shots(questions[0], first, 20, count, first_last=True).shots == (first[0],)
+    with pytest.raises(UserError, match="5 asked for, but the training split has 4"):
+        similar_shots(train, questions, 5, seed=0)
+
+
+def test_a_missing_bm25s_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.data.shots.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"selection: similar needs the package bm25s.*luthier\[similar\]"):
+        similar_shots([], [], 1, seed=0)

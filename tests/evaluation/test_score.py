@@ -1,5 +1,6 @@
 """Answers, losses and choices against slow readings of the same model."""
 
+import math
 import random
 
 import pytest
@@ -57,9 +58,9 @@ def test_choices_are_the_most_probable_a_token(family: str) -> None:
     found = answer(base, encoder, rows, 4)
     assert [one.prediction for one in found] == expected
     assert len(set(expected)) > 1 or family == "opt", "one choice wins everywhere: the test could not fail"
-    entries, values = measure(found, ["accuracy"])
-    assert entries["accuracy"]["value"] == sum(text in ("yes", "maybe") for text in expected) / 9
-    assert len(values["accuracy"]) == 9
+    scores = measure(found, ["accuracy"])
+    assert scores["accuracy"].value == sum(text in ("yes", "maybe") for text in expected) / 9
+    assert len(scores["accuracy"].values) == 9
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -76,9 +77,10 @@ def test_losses_are_the_models_own(family: str) -> None:
     loss, accuracy = loss_and_accuracy(base, rows)
     assert loss == pytest.approx(float(torch.cat(each).mean()), rel=1e-5)
     assert accuracy == hits / count
-    entry, values = losses(base, rows)
-    assert values.tolist() == pytest.approx([float(one.mean()) for one in each], rel=1e-5)
-    assert entry["value"] == pytest.approx(values.mean())
+    found = losses(base, rows, ["loss", "perplexity"])
+    assert found["loss"].values.tolist() == pytest.approx([float(one.mean()) for one in each], rel=1e-5)
+    assert found["loss"].value == pytest.approx(found["loss"].values.mean())
+    assert found["perplexity"].value == pytest.approx(math.exp(float(torch.cat(each).mean())), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

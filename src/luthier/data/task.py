@@ -38,6 +38,7 @@ class Task:
     (0.1) or a number (50) of the training rows, drawn once with the recipe's seed, each value of the column
     `stratify` in its proportion. `references`
     names columns of the test rows that hold the human answers; without it the completion is the reference.
+    `metrics` names what judges it (docs/metrics.md), the main one last.
     `choices` (a list, or Jinja with ``|||``) makes it a classification: the model's most probable
     choice is its answer. `chain_of_thought` is a second template, with the reasons before the answer, and `inverted` one
     from the answer back to the question, for mixtures that ask for these forms.

@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from luthier.data.task import Example
 from luthier.encoding.batches import collate, collate_choices, micro_batches
 from luthier.encoding.encoder import Encoded, Encoder, cut_middle
-from luthier.evaluation.bootstrap import interval
-from luthier.metrics import metric
+from luthier.metrics import MODEL_METRICS, metric
+from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
 from luthier.models.generate import generate
 from luthier.models.loss import label_scores
@@ -46,18 +44,16 @@ def loss_and_accuracy(base: BaseModel, rows: Sequence[Encoded]) -> tuple[float, 
     return total / count, hits / count
 
 
-def losses(base: BaseModel, rows: Sequence[Encoded]) -> tuple[dict[str, Any], NDArray[np.float64]]:
-    """The report's entry for `loss`, and each row's mean cross-entropy (nats per target token)."""
-    means: dict[str, float] = {}
+def losses(base: BaseModel, rows: Sequence[Encoded], names: Sequence[str] = ("loss",)) -> dict[str, Score]:
+    """The metrics that come from the model itself (loss, perplexity), over the targets of each row."""
+    nats: dict[str, float] = {}
     for group in micro_batches(rows, EVALUATION_TOKENS, padded=not base.packs):
         batch = collate(group, base.decoder_start if base.encoder_decoder else None).to(base.device)
         scores, _ = label_scores(base, batch)
         for row, piece in zip(group, torch.split(scores, [len(row.labels) for row in group]), strict=True):
-            means[row.id] = -float(piece.double().mean())
-    values = np.array([means[row.id] for row in rows])
-    found = interval(values)
-    signature = f"metric:loss|unit:nats/token|mean:rows|n:{len(rows)}|interval:bootstrap95"
-    return {"value": found.value, "low": found.low, "high": found.high, "signature": signature}, values
+            nats[row.id] = -float(piece.double().sum())
+    surprise, tokens = [nats[row.id] for row in rows], [len(row.labels) for row in rows]
+    return {name: MODEL_METRICS[name].score(surprise, tokens) for name in names}
 
 
 def answer(
@@ -88,42 +84,11 @@ def answer(
     ]
 
 
-def measure(predictions: Sequence[Prediction], names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Score predictions with each metric: (report entries by metric, per-example values by metric)."""
-    entries, values = {}, {}
+def measure(predictions: Sequence[Prediction], names: Sequence[str]) -> dict[str, Score]:
+    """Score predictions with each metric."""
     texts = [prediction.prediction for prediction in predictions]
     references = [prediction.references for prediction in predictions]
-    for name in names:
-        measured = metric(name)(texts, references)
-        found = interval(measured.values)
-        entries[name] = {
-            "value": found.value,
-            "low": found.low,
-            "high": found.high,
-            "signature": f"{measured.signature}|n:{len(texts)}|interval:bootstrap95",
-            **{part: float(np.mean(each)) for part, each in measured.parts.items()},
-        }
-        values[name] = measured.values
-    return entries, values
-
-
-def mean_of_tasks(scores: Sequence[tuple[dict[str, Any], str]]) -> dict[str, Any]:
-    """The report's entry for a mixture: the mean over its tasks, each by its own metric, (scores, metric) a task.
-
-    Each example's value is scaled so that the plain mean over all examples is the mean over the tasks.
-    """
-    each = [np.array(found["values"][metric]) for found, metric in scores]
-    total = sum(map(len, each))
-    values = np.concatenate([one * total / (len(each) * len(one)) for one in each])
-    found = interval(values)
-    signature = (
-        f"metric:mean|of:{','.join(metric for _, metric in scores)}|tasks:{len(each)}|n:{total}|interval:bootstrap95"
-    )
-    return {
-        "metrics": {"mean": {"value": found.value, "low": found.low, "high": found.high, "signature": signature}},
-        "values": {"mean": [float(one) for one in values]},
-        "seconds": sum(found["seconds"] for found, _ in scores),
-    }
+    return {name: metric(name).score(texts, references) for name in names}
 
 
 def _prompt(encoder: Encoder, example: Example, reserve: int) -> list[int]:

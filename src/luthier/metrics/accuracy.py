@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from luthier.metrics.score import Measured, check_paired
+from luthier.metrics.score import Score, check_paired, mean_score
 
 
-def accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Measured:
-    """Score 1 where the stripped prediction equals a stripped reference, else 0."""
+def accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]], *, strip: bool = True) -> Score:
+    """Score 1 where the (stripped) prediction equals a (stripped) reference, else 0."""
     check_paired(predictions, references)
+    cut = str.strip if strip else str
     hits = [
-        any(prediction.strip() == reference.strip() for reference in row)
+        float(any(cut(prediction) == cut(reference) for reference in row))
         for prediction, row in zip(predictions, references, strict=True)
     ]
-    return Measured(np.array(hits, dtype=np.float64), "metric:accuracy|case:mixed|strip:yes")
+    return mean_score(hits, f"metric:accuracy|case:mixed|strip:{'yes' if strip else 'no'}|several:any")

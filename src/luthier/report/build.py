@@ -1,12 +1,15 @@
 """From the stages' results to one report."""
 
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from luthier.data.task import Task
-from luthier.evaluation.bootstrap import paired_difference
+from luthier.evaluation.bootstrap import compare, holm
+from luthier.evaluation.kept import MEAN, entry, sampled
+from luthier.metrics.score import Score as Measured
 from luthier.recipe import Recipe
 from luthier.report.answer import answer
 from luthier.report.schema import (
@@ -31,16 +34,20 @@ def build_report(
     baseline: dict[str, Any],
     results: dict[str, dict[str, Any]],
     predictions: dict[str, list[dict[str, Any]]],
+    human: Mapping[str, Mapping[str, Measured]],
 ) -> Report:
-    """Compare the tunings of a run; `results` and `predictions` are by tuning, as the stages wrote them."""
+    """Compare the tunings of a run; `results` and `predictions` are by tuning, as the stages wrote them.
+
+    `human` holds the references' own scores by task and metric, for tasks with several.
+    """
     task = recipe.task
-    metric = task.judged_by[-1] if isinstance(task, Task) else "mean"
+    metric = task.judged_by[-1] if isinstance(task, Task) else MEAN
     base = next(iter(results.values()))["base"]
     tunings = {
         name: _tuning(recipe, name, result, predictions.get(name, []), baseline, base["parameters"])
         for name, result in results.items()
     }
-    comparisons = [_difference(results, ours, theirs, task.name, metric) for theirs, ours in combinations(results, 2)]
+    comparisons = _comparisons(results, task.name, metric)
     retention = [
         _retention(name, kept.name, baseline, result)
         for name, result in results.items()
@@ -58,6 +65,11 @@ def build_report(
         tunings=tunings,
         comparisons=comparisons,
         retention=retention,
+        human={
+            name: {by: Score(**entry(found)) for by, found in scores.items()}
+            for name, scores in human.items()
+            if scores
+        },
         examples=_examples(predictions),
         audit=[AuditFinding(**{**one, "rows": list(one["rows"])[:20]}) for one in audit],
         recipe=recipe.model_dump(mode="json"),
@@ -106,20 +118,24 @@ def _scores(found: dict[str, Any]) -> dict[str, Score]:
     return {metric: Score(**entry) for metric, entry in found["metrics"].items()}
 
 
-def _values(result: dict[str, Any], task: str, metric: str) -> np.ndarray:
-    return np.array(result["scores"][task]["values"][metric])
-
-
-def _difference(results: dict[str, Any], ours: str, theirs: str, task: str, metric: str) -> Difference:
-    found = paired_difference(_values(results[ours], task, metric), _values(results[theirs], task, metric))
-    return Difference(
-        ours=ours, theirs=theirs, task=task, metric=metric, value=found.value, low=found.low, high=found.high
-    )
+def _comparisons(results: dict[str, Any], task: str, metric: str) -> list[Difference]:
+    """Every pair of tunings, later minus earlier, with p-values corrected for their number."""
+    scores = {name: sampled(result["scores"], task, metric) for name, result in results.items()}
+    pairs = [(ours, theirs) for theirs, ours in combinations(results, 2)]
+    found = [compare(scores[ours], scores[theirs]) for ours, theirs in pairs]
+    corrected = holm([one.p for one in found])
+    return [
+        Difference(
+            ours=ours, theirs=theirs, task=task, metric=metric,
+            value=one.value, low=one.low, high=one.high, p=one.p, p_corrected=adjusted,
+        )
+        for (ours, theirs), one, adjusted in zip(pairs, found, corrected, strict=True)
+    ]  # fmt: skip
 
 
 def _retention(name: str, task: str, baseline: dict[str, Any], result: dict[str, Any]) -> Retention:
     metric = list(result["scores"][task]["metrics"])[-1]
-    found = paired_difference(_values(result, task, metric), _values(baseline, task, metric))
+    found = compare(sampled(result["scores"], task, metric), sampled(baseline["scores"], task, metric))
     return Retention(
         task=task,
         tuning=name,

@@ -17,24 +17,28 @@ class Bar:
     value: float
     low: float
     high: float
+    digits: int = 1
 
 
 def bars(rows: Sequence[Bar], title: str) -> str:
-    """Horizontal bars with 95 % intervals, from zero; values as shown (already x100)."""
+    """Horizontal bars with 95 % intervals, from zero; values as shown (shares already x100)."""
     top = max((row.high for row in rows), default=1.0) or 1.0
     left, right, pitch = 112, 50, 30
     span = WIDTH - left - right
     parts = []
     for place, row in enumerate(rows):
         y = 14 + place * pitch
-        x, low, high = (left + span * amount / top for amount in (row.value, row.low, row.high))
+        x, low, high = (left + span * max(amount, 0) / top for amount in (row.value, row.low, row.high))
         parts.append(
             f'<text x="{left - 10}" y="{y + 13}" text-anchor="end">{escape(row.label)}</text>'
             f'<rect class="s{row.colour % 6} bar" x="{left}" y="{y}" width="{max(x - left, 0.5):.1f}" height="18" rx="3"/>'
             f'<path class="whisker" d="M{low:.1f} {y + 9}H{high:.1f}M{low:.1f} {y + 4}v10M{high:.1f} {y + 4}v10"/>'
-            f'<text x="{high + 8:.1f}" y="{y + 13}">{row.value:.1f}</text>'
+            f'<text x="{high + 8:.1f}" y="{y + 13}">{row.value:.{row.digits}f}</text>'
         )
-    words = "; ".join(f"{row.label} {row.value:.1f} (95 % from {row.low:.1f} to {row.high:.1f})" for row in rows)
+    words = "; ".join(
+        f"{row.label} {row.value:.{row.digits}f} (95 % from {row.low:.{row.digits}f} to {row.high:.{row.digits}f})"
+        for row in rows
+    )
     return _svg(14 + len(rows) * pitch, title, words, "".join(parts))
 
 

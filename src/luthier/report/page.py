@@ -5,7 +5,9 @@ from pathlib import Path
 import jinja2
 import yaml
 
+from luthier.metrics import reading
 from luthier.report.charts import Bar, Series, bars, lines, smooth
+from luthier.report.figures import better, figure, unscaled
 from luthier.report.schema import Report, TuningReport
 from luthier.report.table import main_score, short, size
 
@@ -15,13 +17,15 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 def page(report: Report) -> str:
     """The report as HTML."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"short": short, "size": size}
-    metrics = [metric for metric in next(iter(report.tunings.values())).scores[report.task] if metric != "loss"]
+    environment.filters |= {"short": short, "size": size, "figure": figure}
+    metrics = list(next(iter(report.tunings.values())).scores[report.task])
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
         metrics=metrics,
         main_score=main_score,
-        rouge=[(metric, _metric_bars(report, metric)) for metric in metrics],
+        better=better,
+        unscaled=unscaled(report),
+        charts=[(metric, _metric_bars(report, metric)) for metric in metrics],
         training_loss=_curve(report, "loss", "training loss (smoothed)", "nats per target token"),
         validation_loss=_curve(report, "validation_loss", "validation loss", "nats per target token"),
         accuracy=_curve(report, "validation_accuracy", "validation accuracy", "share"),
@@ -33,10 +37,14 @@ def page(report: Report) -> str:
 
 
 def _metric_bars(report: Report, metric: str) -> str:
-    rows = []
-    for colour, (name, tuning) in enumerate(report.tunings.items()):
-        score = tuning.scores[report.task][metric]
-        rows.append(Bar(colour, name, score.value * 100, score.low * 100, score.high * 100))
+    scale = reading(metric).scale
+    scores = {name: tuning.scores[report.task][metric] for name, tuning in report.tunings.items()}
+    if human := report.human.get(report.task, {}).get(metric):
+        scores["(human)"] = human
+    rows = [
+        Bar(colour, name, score.value * scale, score.low * scale, score.high * scale, digits=1 if scale == 100 else 2)
+        for colour, (name, score) in enumerate(scores.items())
+    ]
     return bars(rows, f"{metric} on {report.task}")
 
 

@@ -14,12 +14,15 @@ class _Part(BaseModel):
 class Score(_Part):
     """A metric on a test split: value with its 95 % interval (bootstrap over examples), reproducible by signature."""
 
-    value: float = Field(description="Mean over the examples; 0-1, but for `loss`: nats per target token.")
+    value: float = Field(
+        description="0-1 (matthews -1 to 1), but nist, cider, perplexity and loss (nats per target token)."
+    )
     low: float
     high: float
     signature: str
-    precision: float | None = Field(None, description="ROUGE only.")
-    recall: float | None = Field(None, description="ROUGE only.")
+    precision: float | None = Field(None, description="ROUGE and token_f1 only.")
+    recall: float | None = Field(None, description="ROUGE and token_f1 only.")
+    parts: dict[str, float] = Field({}, description="What else the value is made of: BLEU's precisions, say.")
 
 
 class Shots(_Part):
@@ -73,7 +76,7 @@ class TuningReport(_Part):
 
 
 class Difference(_Part):
-    """Paired bootstrap of `ours` minus `theirs` on the same test examples, 95 % interval."""
+    """Paired bootstrap of `ours` minus `theirs` on the same test examples: 95 % interval and two-sided p-value."""
 
     ours: str
     theirs: str
@@ -82,6 +85,8 @@ class Difference(_Part):
     value: float
     low: float
     high: float
+    p: float = Field(description="Of no difference, from this comparison alone.")
+    p_corrected: float = Field(description="The same, corrected for all comparisons of the report (Holm).")
 
 
 class Retention(_Part):
@@ -131,6 +136,10 @@ class Report(_Part):
     tunings: dict[str, TuningReport]
     comparisons: list[Difference]
     retention: list[Retention]
+    human: dict[str, dict[str, Score]] = Field(
+        default={},
+        description="Each human reference against the others, by task and metric, where test rows have several.",
+    )
     examples: list[ExampleReport]
     audit: list[AuditFinding] = Field(description="Warnings about the data, found before training.")
     recipe: dict[str, Any]

@@ -3,7 +3,15 @@
 from rich.console import Console
 from rich.table import Table
 
+from luthier.metrics import reading
+from luthier.report.figures import figure, unscaled
 from luthier.report.schema import Report, Retention, Score, TuningReport
+
+_SHORT = {
+    "rouge1": "R-1", "rouge2": "R-2", "rougeL": "R-L", "rougeLsum": "R-Lsum", "rougeL_caption": "ROUGE_L", "bleu": "BLEU",
+    "bleu_lc": "BLEU lc", "chrf": "chrF", "chrf++": "chrF++", "nist": "NIST", "meteor": "METEOR", "cider": "CIDEr",
+    "macro_f1": "macro F1", "token_f1": "F1", "exact_match": "EM", "squad_exact_match": "EM", "matthews": "MCC",
+}  # fmt: skip
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -18,30 +26,34 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _scores(report: Report) -> Table:
-    metrics = [metric for metric in next(iter(report.tunings.values())).scores[report.task] if metric != "loss"]
-    table = Table(title=f"{report.task}: test scores x100, main metric with 95 % interval", title_justify="left")
+    metrics = list(next(iter(report.tunings.values())).scores[report.task])
+    table = Table(
+        title=f"{report.task}: test scores x100{unscaled(report)}, main metric with 95 % interval", title_justify="left"
+    )
     table.add_column("tuning")
     for metric in metrics:
         table.add_column(short(metric), justify="right", no_wrap=True)
     table.add_column("val loss", justify="right")
     for name, tuning in report.tunings.items():
         scores = tuning.scores[report.task]
-        cells = []
-        for metric in metrics:
-            score = scores[metric]
-            text = f"{score.value * 100:.1f}"
-            if metric == report.metric:
-                text += f" [{score.low * 100:.1f}, {score.high * 100:.1f}]".replace("[", "\\[")
-            cells.append(text)
+        cells = [_cell(scores[metric], metric, metric == report.metric) for metric in metrics]
         loss = "-" if tuning.validation_loss is None else f"{tuning.validation_loss:.3f}"
         table.add_row(name, *cells, loss)
+    if human := report.human.get(report.task):
+        cells = [_cell(human[one], one, one == report.metric) if one in human else "-" for one in metrics]
+        table.add_row("(human)", *cells, "-")
     return table
+
+
+def _cell(score: Score, metric: str, with_interval: bool) -> str:
+    text = figure(score.value, metric)
+    return f"{text} \\[{figure(score.low, metric)}, {figure(score.high, metric)}]" if with_interval else text
 
 
 def _tasks(report: Report) -> Table:
     table = Table(title="each task: test score x100 (intervals in the page); * trained on it", title_justify="left")
     table.add_column("task")
-    for name in report.tunings:
+    for name in (*report.tunings, *(["(human)"] if report.human else [])):
         table.add_column(name, justify="right")
     for task in report.tasks:
         cells = []
@@ -49,6 +61,9 @@ def _tasks(report: Report) -> Table:
             mark = "*" if task in {row.task for row in tuning.mixture} else ""
             cells.append(f"{main_score(tuning, task).value * 100:.1f}{mark}")
         metric = list(next(iter(report.tunings.values())).scores[task])[-1]
+        if report.human:
+            human = report.human.get(task, {}).get(metric)
+            cells.append(figure(human.value, metric) if human else "-")
         table.add_row(f"{task} ({short(metric)})", *cells)
     return table
 
@@ -90,18 +105,18 @@ def _forgetting(report: Report) -> Table:
 
 
 def _change(one: Retention) -> str:
-    if one.metric == "loss":
-        return f"{_amount(one, one.after.value)} \\[{one.low:+.2f}, {one.high:+.2f}]"
-    return f"{_amount(one, one.after.value)} \\[{one.low * 100:+.1f}, {one.high * 100:+.1f}]"
+    low, high = (figure(end, one.metric, signed=True) for end in (one.low, one.high))
+    return f"{_amount(one, one.after.value)} \\[{low}, {high}]"
 
 
 def _amount(one: Retention, value: float) -> str:
-    return f"{value:.2f} nats" if one.metric == "loss" else f"{value * 100:.1f}"
+    unit = {"loss": " nats"}.get(one.metric, "" if reading(one.metric).scale == 100 else f" {one.metric}")
+    return figure(value, one.metric) + unit
 
 
 def short(metric: str) -> str:
     """A column heading for a metric."""
-    return {"rouge1": "R-1", "rouge2": "R-2", "rougeL": "R-L", "rougeLsum": "R-Lsum"}.get(metric, metric)
+    return _SHORT.get(metric, metric)
 
 
 def count(number: int) -> str:

@@ -19,12 +19,17 @@ class ZeroShot:
 
 @dataclass(frozen=True)
 class FewShot:
-    """Show `shots` training examples before the question, as chat turns for a chat model."""
+    """Show `shots` training examples before the question, as chat turns for a chat model.
+
+    `selection` is `random`, the same for all questions by seed, or `similar`: for each question those whose prompts are most
+    like it by BM25 (Robertson and Zaragoza 2009), the likest last.
+    """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     method: Literal["few_shot"] = "few_shot"
     shots: int = 2
+    selection: Literal["random", "similar"] = "random"
 
     def __post_init__(self) -> None:
         if self.shots < 1:
