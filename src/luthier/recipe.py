@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import yaml
 from pydantic import (
@@ -27,9 +27,12 @@ from luthier.metrics import metric
 from luthier.models.load import DEFAULT_CONTEXT, BaseSpec, context_length, read_tokenizer
 from luthier.shorthand import RETENTION, expand
 from luthier.training.settings import TrainingSettings
-from luthier.tuning import METHODS, FewShot, Full, LoRA, PromptTuning, ZeroShot
+from luthier.tuning import METHODS, Method, Prompting, PromptTuning
 
-AnyMethod = Annotated[ZeroShot | FewShot | Full | LoRA | PromptTuning, Field(discriminator="method")]
+if TYPE_CHECKING:
+    AnyMethod = Method | Prompting
+else:  # every method is declared once, in METHODS
+    AnyMethod = Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")]  # noqa: UP007
 
 
 class Tuning(BaseModel):
@@ -75,6 +78,15 @@ class Recipe(BaseModel):
     def tasks(self) -> list[Task]:
         """The task, or the tasks of the mixture."""
         return self.task.all_tasks() if isinstance(self.task, Mixture) else [self.task]
+
+    def method(self, name: str) -> AnyMethod:
+        """The method of a tuning, with what it takes from its tasks: the answer choices to start a prompt from."""
+        tuning = self.tunings[name]
+        if not isinstance(tuning.method, PromptTuning):
+            return tuning.method
+        chosen = [task for task in self.tasks if not tuning.tasks or task.name in tuning.tasks]
+        fixed = [choice for task in chosen for choice in task.fixed_choices]
+        return tuning.method.with_labels(list(dict.fromkeys(fixed)))
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":

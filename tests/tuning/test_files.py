@@ -103,7 +103,7 @@ def test_prompt_tuning_starts_from_its_text() -> None:
 def test_lora_patterns_choose_modules() -> None:
     from transformers.pytorch_utils import Conv1D
 
-    from luthier.tuning.method import match_modules
+    from luthier.tuning.targets import match_modules
 
     base, kinds = tiny.make("llama"), (torch.nn.Linear, Conv1D)
     assert len(match_modules(base, "all-linear", kinds)) == 14

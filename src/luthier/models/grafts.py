@@ -17,6 +17,7 @@ from luthier.models.batch import Segment
 from luthier.models.grafted import Delta, Grafted, Route
 from luthier.models.prefix import Prefix, Prefixes
 
+
 class Grafts:
     """All grafts on one model."""
 
@@ -137,8 +138,8 @@ class Grafts:
         if not self.prefixes:
             return None
         names = [self.name_of(row, segments) for row in rows]
-        states = {name: self.prefixes[name]() for name in dict.fromkeys(names) if name in self.prefixes}
-        return Prefixes(tuple(states.get(name) for name in names)) if states else None
+        states = {name: self.prefixes[name]() for name in set(names) if name in self.prefixes}
+        return Prefixes(tuple(states.get(name or "") for name in names)) if states else None
 
     def remove(self, name: str) -> None:
         """Take a tuning away; the base is bit for bit what it was."""
