@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 from tests import tiny
+from tests.logits import all_logits
 from tests.merged import merged_copy
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from luthier.models.base import BaseModel
-from luthier.models.batch import Batch, Packed
 from luthier.tuning.files import load_tuning, pack
 
 BASES = ["llama", "llama_gqa", "t5", "t5_v1_1"]
@@ -26,25 +26,6 @@ def load_base(gold: Path, name: str) -> BaseModel:
     kind = AutoModelForSeq2SeqLM if name.startswith("t5") else AutoModelForCausalLM
     model = kind.from_pretrained(gold / name / "base", dtype=torch.float32)
     return BaseModel(model, tiny.unigram() if name.startswith("t5") else tiny.byte_bpe())
-
-
-@torch.no_grad()
-def all_logits(base: BaseModel, inputs: dict[str, torch.Tensor], mask: str) -> torch.Tensor:
-    """Logits at every position, rows cut to their mask and run packed: (real tokens, vocabulary)."""
-    ids, kept = inputs["input_ids"], inputs[mask].bool()
-    source = Packed(ids[kept], tuple(kept.sum(1).tolist()))
-    if base.encoder_decoder:
-        decoder = inputs["decoder_input_ids"]
-        length = decoder.shape[1]
-        count = decoder.numel()
-        packed = Packed(decoder.flatten(), (length,) * len(decoder))
-        owners = torch.arange(len(decoder)).repeat_interleave(length)
-        batch = Batch(("a", "b"), source, torch.arange(count), decoder.flatten(), owners, packed, (0, 1))
-    else:
-        count = len(source.ids)
-        owners = torch.arange(2).repeat_interleave(torch.tensor(source.lengths))
-        batch = Batch(("a", "b"), source, torch.arange(count), source.ids, owners)
-    return base.logits(base.target_states(batch))
 
 
 def expected_logits(logits: torch.Tensor, inputs: dict[str, torch.Tensor], name: str, mask: str) -> torch.Tensor:
@@ -67,7 +48,7 @@ def test_a_bare_bases_logits_equal_transformers(shared: Path, name: str, mask: s
     found = load_file(gold / name / "base_logits.safetensors")["logits" if mask == MASKS[0] else "logits_padded"]
     expected = expected_logits(found, inputs, name, mask)
     torch.testing.assert_close(
-        all_logits(load_base(gold, name), inputs, mask), expected, atol=tolerance(expected), rtol=0
+        all_logits(load_base(gold, name), inputs, inputs[mask]), expected, atol=tolerance(expected), rtol=0
     )
 
 
@@ -84,10 +65,10 @@ def test_logits_equal_pefts(shared: Path, name: str, kind: str) -> None:
     inputs, logits = load_file(gold / name / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     for mask, key in zip(MASKS, ("logits", "logits_padded"), strict=True):
         expected = expected_logits(logits[key], inputs, name, mask)
-        torch.testing.assert_close(all_logits(base, inputs, mask), expected, atol=tolerance(expected), rtol=0)
+        torch.testing.assert_close(all_logits(base, inputs, inputs[mask]), expected, atol=tolerance(expected), rtol=0)
     if base.methods["t"].laws.merge.holds:
         expected = expected_logits(logits["merged_logits"], inputs, name, MASKS[0])
-        merged = all_logits(merged_copy(base, "t"), inputs, MASKS[0])
+        merged = all_logits(merged_copy(base, "t"), inputs, inputs[MASKS[0]])
         torch.testing.assert_close(merged, expected, atol=1e-4, rtol=0)
 
 

@@ -88,7 +88,7 @@ class Bottleneck:
         where = layout(base)
         if self.placement == "parallel" and not where.mlp:
             raise UserError(
-                f"In a {base.family} model the MLP is no module of its own, so nothing can stand beside it. "
+                f"The MLP of this {base.family} model is no module of its own, so nothing can stand beside it. "
                 "Use placement: pfeiffer or houlsby."
             )
         patterns = {
