@@ -18,12 +18,28 @@ from luthier.training.checkpoint import read_checkpoint
 from luthier.training.loop import Validation, train
 from luthier.training.optimizer import Optimizer
 from luthier.training.settings import TrainingSettings
-from luthier.tuning import Full, LoRA, Method, PromptTuning, attach, parameters
+from luthier.tuning import (
+    IA3,
+    Bottleneck,
+    Full,
+    LoRA,
+    Method,
+    PrefixTuning,
+    PromptTuning,
+    Selective,
+    attach,
+    parameters,
+)
 
 METHODS: dict[str, Method] = {
     "full": Full(),
     "lora": LoRA(rank=2, dropout=0.1),
     "prompt_tuning": PromptTuning(length=3),
+    "prefix_tuning": PrefixTuning(length=3, reparametrise=True, hidden=4),
+    "dora": LoRA(rank=2, dora=True),
+    "selective": Selective(targets=["layernorm", "head"], untie=True),
+    "bottleneck": Bottleneck(reduction=8),
+    "ia3": IA3(),
 }
 each_method = pytest.mark.parametrize("method", METHODS)
 

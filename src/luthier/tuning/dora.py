@@ -23,19 +23,23 @@ class Norms:
 
     def __init__(self, base: nn.Module):
         self.base = base
-        self.state: tuple[object, ...] = ()
+        self.seen: tuple[Tensor, Tensor] | None = None
         self.norms = torch.empty(0)
 
+    @torch.no_grad()
     def of(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """(out,), fp32."""
-        state = (a._version, b._version, a.data_ptr(), b.data_ptr())
-        if state != self.state:
-            with torch.no_grad():
-                weight = dense_weight(self.base)
-                weight = weight.T if isinstance(self.base, nn.Embedding) else weight
-                self.norms = (weight + scale * b.float() @ a.float()).norm(dim=1)
-            self.state = state
+        # Compared by value: a fused optimizer writes without counting up a tensor's version.
+        if self.seen is None or not (_same(a, self.seen[0]) and _same(b, self.seen[1])):
+            weight = dense_weight(self.base)
+            weight = weight.T if isinstance(self.base, nn.Embedding) else weight
+            self.norms = (weight + scale * b.float() @ a.float()).norm(dim=1)
+            self.seen = a.detach().clone(), b.detach().clone()
         return self.norms
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and torch.equal(one, other)
 
 
 class DoRA(LowRank):
