@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from luthier.models.base import BaseModel
 from luthier.tuning.files import load_tuning, pack
 
-BASES = ["llama", "llama_gqa", "t5", "t5_v1_1"]
+# PEFT pads and sums in another order, which shows where logits reach 25.
+TOLERANCE = {"llama": 1e-5, "llama_gqa": 1e-5, "t5": 1e-5, "t5_v1_1": 1e-4}
+BASES = list(TOLERANCE)
 KINDS = [
     *("lora", "lora_rslora", "lora_dora", "lora_patterns", "lora_modules_to_save", "ia3", "ln_tuning"),
     *("prompt_tuning", "prefix_tuning", "prefix_tuning_projection"),
@@ -35,11 +37,6 @@ def expected_logits(logits: torch.Tensor, inputs: dict[str, torch.Tensor], name:
     return logits[:, -width:][inputs[mask].bool()]  # without the virtual tokens' own positions
 
 
-def tolerance(expected: torch.Tensor) -> float:
-    """PEFT pads and sums in another order: 1e-5 of the largest logit, where that is above 1."""
-    return 1e-5 * max(1.0, float(expected.abs().max()))
-
-
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", BASES)
 def test_a_bare_bases_logits_equal_transformers(shared: Path, name: str, mask: str) -> None:
@@ -47,9 +44,8 @@ def test_a_bare_bases_logits_equal_transformers(shared: Path, name: str, mask: s
     inputs = load_file(gold / name / "inputs.safetensors")
     found = load_file(gold / name / "base_logits.safetensors")["logits" if mask == MASKS[0] else "logits_padded"]
     expected = expected_logits(found, inputs, name, mask)
-    torch.testing.assert_close(
-        all_logits(load_base(gold, name), inputs, inputs[mask]), expected, atol=tolerance(expected), rtol=0
-    )
+    found = all_logits(load_base(gold, name), inputs, inputs[mask])
+    torch.testing.assert_close(found, expected, atol=TOLERANCE[name], rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,7 +61,7 @@ def test_logits_equal_pefts(shared: Path, name: str, kind: str) -> None:
     inputs, logits = load_file(gold / name / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     for mask, key in zip(MASKS, ("logits", "logits_padded"), strict=True):
         expected = expected_logits(logits[key], inputs, name, mask)
-        torch.testing.assert_close(all_logits(base, inputs, inputs[mask]), expected, atol=tolerance(expected), rtol=0)
+        torch.testing.assert_close(all_logits(base, inputs, inputs[mask]), expected, atol=TOLERANCE[name], rtol=0)
     if base.methods["t"].laws.merge.holds:
         expected = expected_logits(logits["merged_logits"], inputs, name, MASKS[0])
         merged = all_logits(merged_copy(base, "t"), inputs, inputs[MASKS[0]])

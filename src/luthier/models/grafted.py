@@ -28,8 +28,8 @@ class Delta(nn.Module):
         return x
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-        """The base module's fp32 weight, (out, in) for a linear, and bias with this delta folded in; None where no
-        weights of the module give the same outputs.
+        """The base module's fp32 weight, (out, in) for a linear and (vocabulary, D) for an embedding, and bias with this
+        delta folded in; None where no weights of the module give the same outputs.
         """
         return None
 

@@ -27,7 +27,7 @@ from luthier.tuning.targets import matches
 _LAYER = ".ln_tuning_layers"  # PEFT writes it behind a norm's path
 _LAST = re.compile(r"last-(\d+)-blocks?")
 # Biases and norms are few numbers of about unit size: they need larger steps than matrices.
-_SMALL, _LARGE = Defaults(learning_rate=2e-3), Defaults(learning_rate=1e-4)
+_SMALL, _LARGE = Defaults(learning_rate=2e-3), Defaults(learning_rate=3e-4)
 
 
 @dataclass(frozen=True)
