@@ -88,9 +88,13 @@ def count(base: BaseModel, method: Method) -> int:
             return size(base.model)
         case Selective(targets="layernorm"):
             return sum(size(module) for module in norms(base).values())
-        case LoRA(targets="all-linear", dora=False, modules_to_save=[]):  # r (in + out)
-            linears = match_modules(base, "all-linear", LINEAR)
-            return sum(method.rank * sum(features(module)) for module in linears.values())
+        case LoRA(rank=rank, dora=dora):  # r (in + out), and out for DoRA's magnitudes
+            chosen = match_modules(base, method.targets, (*LINEAR, torch.nn.Embedding), method.layers)
+            sizes = [
+                (one.num_embeddings, one.embedding_dim) if isinstance(one, torch.nn.Embedding) else features(one)
+                for one in chosen.values()
+            ]
+            return sum(rank * (inputs + outputs) + dora * outputs for inputs, outputs in sizes)
         case Bottleneck():  # 2 m D + m + D
             inner, where = base.width // method.reduction, layout(base)
             patterns = {"houlsby": [where.attention_output, where.mlp_output], "pfeiffer": [where.mlp_output]}
@@ -98,10 +102,12 @@ def count(base: BaseModel, method: Method) -> int:
             return places * (2 * inner * base.width + inner + base.width)
         case PromptTuning():  # P D
             return method.length * base.width
-        case PrefixTuning(reparametrise=False):  # P x layers x 2 K d; an encoder-decoder's layers share pairs
+        case PrefixTuning(length=length, hidden=hidden):  # P n, n = layers x 2 K d; an encoder-decoder's layers share
             layers, heads, width = attention_heads(base)
             pairs = len({2 * layer % layers for layer in range(layers)}) if base.encoder_decoder else layers
-            return method.length * pairs * 2 * heads * width
+            size_of = pairs * 2 * heads * width
+            network = length * base.width + (base.width + 1) * hidden + (hidden + 1) * size_of  # e, W_1, b_1, W_2, b_2
+            return network if method.reparametrise else length * size_of
         case IA3(targets="auto"):  # out of keys and values, in of the MLP's last linear
             where = layout(base)
             outer = [module for one in where.keys_values for module in matching(base, one).values()]
@@ -113,7 +119,9 @@ def count(base: BaseModel, method: Method) -> int:
 
 def has_formula(method: Method) -> bool:
     """Whether `count` knows a setting: those that only choose other modules are counted by their method's own."""
-    return method in METHOD_CASES.values() or type(method) in (Bottleneck, PromptTuning)
+    if isinstance(method, LoRA):
+        return not method.rank_pattern and not method.modules_to_save
+    return method in METHOD_CASES.values() or isinstance(method, (Bottleneck, PromptTuning, PrefixTuning))
 
 
 BOTH = (torch.float32, torch.bfloat16)

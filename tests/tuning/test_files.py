@@ -113,9 +113,11 @@ def test_every_bad_key_is_listed(folder: Path) -> None:
     del tensors[keys[0]]
     tensors[keys[3]] = torch.ones(5, 5)
     tensors[keys[4]] = torch.ones(5, 5)
+    tensors[keys[5]] = tensors[keys[5]].to(torch.int8)
     save_file(tensors, weights)
     said = refused(folder, "does not fit")
     short = [key.removeprefix("base_model.model.") for key in keys]
+    assert f"{short[5]} holds int8, no numbers to train" in said
     for words in (f"missing {short[0]}", "unexpected extra", f"{short[3]} has shape (5, 5)", f"{short[4]} has shape"):
         assert words in said
 

@@ -112,6 +112,11 @@ def copy_into(owned: dict[str, Any], tensors: dict[str, torch.Tensor], where: st
         for key, parameter in owned.items()
         if key in tensors and tensors[key].shape != parameter.shape
     ]
+    wrong += [
+        f"{key} holds {tensors[key].dtype}, no numbers to train".replace("torch.", "")
+        for key in owned
+        if key in tensors and not tensors[key].is_floating_point()
+    ]
     if wrong:
         raise UserError(f"{where} does not fit the tuning it claims to be: {'; '.join(wrong)}.")
     with torch.no_grad():

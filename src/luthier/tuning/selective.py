@@ -105,21 +105,24 @@ class Selective:
 def _chosen(base: BaseModel, word: str) -> list[str]:
     """The places of parameters that a word or pattern means; raises UserError for none."""
     places = all_places(base)
+    owner = {place: place.rpartition(".")[0] for place in places}
     if word == "embeddings":
         tables = {places[f"{path}.weight"] for path in embeddings(base)}
         outside = {f"{path}.weight" for path in head(base)}
         found = [place for place, key in places.items() if key in tables and place not in outside]
     elif word == "head":
-        found = [place for place in places if place.rpartition(".")[0] in head(base)]
+        heads = head(base)
+        found = [place for place in places if owner[place] in heads]
     elif word == "bias":
         found = [place for place in places if place.rpartition(".")[2] == "bias"]
     elif word == "layernorm":
-        found = [place for place in places if place.rpartition(".")[0] in norms(base)]
+        layers = norms(base)
+        found = [place for place in places if owner[place] in layers]
     elif last := _LAST.fullmatch(word):
         standing = {place: block_of(base, place) for place in places}
         found = [place for place, at in standing.items() if at and at[0] >= at[1] - int(last[1])]
     else:
-        found = [place for place in places if matches(word, place) or matches(word, place.rpartition(".")[0])]
+        found = [place for place in places if matches(word, place) or matches(word, owner[place])]
     if not found:
         raise UserError(_nothing(base, word, list(places)))
     return found
@@ -138,4 +141,4 @@ def _whole_norms(base: BaseModel, owned: Mapping[str, Tensor]) -> list[str]:
     """The norms that own is made of, all of each; none where there is anything else."""
     modules = sorted({key.rpartition(".")[0] for key in owned})
     whole = {place for place in all_places(base) if place.rpartition(".")[0] in modules}
-    return modules if whole == set(owned) and all(module in norms(base) for module in modules) else []
+    return modules if whole == set(owned) and norms(base).keys() >= set(modules) else []
