@@ -17,7 +17,6 @@ from pydantic import (
     model_validator,
 )
 
-from luthier.data.library import task_files
 from luthier.data.load import load_examples
 from luthier.data.mixture import Member, Mixture, TaskOrMixture
 from luthier.data.task import Examples, Task
@@ -25,7 +24,7 @@ from luthier.encoding.encoder import Encoder, PromptTokens
 from luthier.errors import UserError, nearest
 from luthier.metrics import metric
 from luthier.models.load import DEFAULT_CONTEXT, BaseSpec, context_length, read_tokenizer
-from luthier.shorthand import RETENTION, expand
+from luthier.shorthand import expand
 from luthier.training.settings import TrainingSettings
 from luthier.tuning import METHODS, Method, Prompting, PromptTuning
 
@@ -170,46 +169,6 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
-def recipe_schema() -> dict[str, Any]:
-    """JSON schema of a recipe as it is written, shorthands included, for editors."""
-    schema = Recipe.model_json_schema()
-    definitions = schema["$defs"]
-    tuned = []
-    for name, kind in METHODS.items():
-        one = TypeAdapter(kind).json_schema()
-        one["properties"]["method"] = {"const": name}
-        if hasattr(kind, "defaults"):
-            one["properties"]["training"] = {"$ref": "#/$defs/TrainingSettings"}
-            one["properties"]["tasks"] = {"type": "array", "items": {"type": "string"}}
-        tuned.append(one)
-    definitions["Tuning"] = {"anyOf": [*tuned, {"type": "null"}]}
-    properties = schema["properties"]
-    names = sorted(task_files())
-    properties["base"] = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/BaseSpec"}]}
-    task = {"anyOf": [{"enum": names}, {"type": "string"}, {"$ref": "#/$defs/Task"}]}
-    either = {"anyOf": [*task["anyOf"], {"$ref": "#/$defs/Mixture"}]}
-    preset = {"const": "flan2022", "description": "FLAN 2022's weights, caps and forms over `sources`."}
-    sources = {"type": "object", "additionalProperties": {"type": "array", "items": either}}
-    definitions["Mixture"]["properties"] |= {"preset": preset, "sources": sources}
-    definitions["Mixture"]["required"] = []
-    definitions["Mixture"]["anyOf"] = [{"required": ["tasks"]}, {"required": ["preset", "sources"]}]
-    definitions["Mixture"]["properties"]["tasks"]["items"] = {"anyOf": [*either["anyOf"], {"$ref": "#/$defs/Member"}]}
-    definitions["Member"]["properties"]["task"] = either
-    properties["task"] = either
-    properties["retention"] = {"type": "array", "items": task, "default": RETENTION}
-    properties["tunings"] = {
-        "anyOf": [
-            {"type": "object", "additionalProperties": {"$ref": "#/$defs/Tuning"}},
-            {"type": "array", "items": {"enum": list(METHODS)}},
-        ]
-    }
-    file = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Source"}]}
-    definitions["Task"]["properties"]["train"] = file
-    for split in ("validation", "test"):
-        definitions["Task"]["properties"][split] = {"anyOf": [*file["anyOf"], {"type": "number"}], "default": 0.1}
-    return schema
-
-
 def _set(whole: dict[str, Any], change: str) -> None:
     key, equals, value = change.partition("=")
     if not equals or not key:
@@ -312,4 +271,4 @@ def differing_key(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: st
     return None
 
 
-__all__ = ["Recipe", "Tuning", "differing_key", "load_recipe", "make_recipe", "recipe_schema", "recipe_yaml"]
+__all__ = ["Recipe", "Tuning", "differing_key", "load_recipe", "make_recipe", "recipe_yaml"]
