@@ -62,7 +62,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BaseModel]:
         base = tiny.make(family)
         attach(base, "first", Full())
         rows = [encoder_of(base).encode(lesson) for lesson in lessons]
-        settings = TrainingSettings(max_steps=400, batch_size=16, learning_rate=3e-3)
+        settings = TrainingSettings(max_steps=250, batch_size=16, learning_rate=3e-3)
         train(base, "first", Shuffled(rows, 0), settings, 0, tmp_path_factory.mktemp(family))
         base.use("first")
         bases[family] = BaseModel(copy.deepcopy(base.model), base.tokenizer)
@@ -92,7 +92,7 @@ def test_every_method_and_every_start_learns(
     before = accuracy()
     method, rate = METHODS[name]
     attach(base, "t", method)
-    settings = TrainingSettings(max_steps=100, batch_size=16, learning_rate=rate)
+    settings = TrainingSettings(max_steps=60, batch_size=16, learning_rate=rate)
     rows = [encoder.encode(example) for example in examples]
     progress = train(base, "t", Shuffled(rows, 0), settings, 0, tmp_path)
     losses = [event["loss"] for event in progress.history]
