@@ -124,11 +124,11 @@ def has_formula(method: Method) -> bool:
     return method in METHOD_CASES.values() or isinstance(method, (Bottleneck, PromptTuning, PrefixTuning))
 
 
-BOTH = (torch.float32, torch.bfloat16)
-each_case = _cases(BOTH[:1])
-each_case_and_dtype = _cases(BOTH)
-each_case_with_formula = _cases(BOTH[:1], has_formula)
-each_case_that_merges = _cases(BOTH, lambda method: method.laws.merge.holds)
+DTYPES = (torch.float32, torch.bfloat16)
+each_case = _cases(DTYPES[:1])
+each_case_and_dtype = _cases(DTYPES)
+each_case_with_formula = _cases(DTYPES[:1], has_formula)
+each_case_that_merges = _cases(DTYPES, lambda method: method.laws.merge.holds)
 
 assert {method.method for method in METHOD_CASES.values()} == {
     name for name, kind in METHODS.items() if hasattr(kind, "laws")

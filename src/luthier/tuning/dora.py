@@ -8,6 +8,8 @@ W is the table's transpose. The base may be quantized: its weight is read as fp3
     q_proj: Linear   ->   q_proj: Grafted(base=Linear, deltas={name: DoRA(A, B, m)})
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from torch.nn import Parameter
 from luthier.models.dense import dense_weight
 from luthier.tuning.lora_embedding import LowRankEmbedding
 from luthier.tuning.low_rank import LowRank, features
+
+_CPU = torch.device("cpu")
 
 
 class Norms:
@@ -38,6 +42,11 @@ class Norms:
         return self.norms
 
 
+def _start(norms: Callable[[], Tensor], outputs: int, device: torch.device) -> Parameter:
+    """The magnitudes at the start; on a skeleton, which has no weights, their shape alone."""
+    return Parameter(torch.empty(outputs, device=device) if device.type == "meta" else norms().clone())
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.device == other.device and torch.equal(one, other)
 
@@ -45,11 +54,19 @@ def _same(one: Tensor, other: Tensor) -> bool:
 class DoRA(LowRank):
     """A LowRank whose sum with the base's weight is scaled to length m, row by row."""
 
-    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float, generator: torch.Generator):
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        scale: float,
+        dropout: float,
+        generator: torch.Generator,
+        device: torch.device = _CPU,
+    ):
         super().__init__(features(base), rank, scale, dropout, generator)
-        self.to(base.weight.device)  # type: ignore[arg-type, union-attr]
+        self.to(device)
         self.norms = Norms(base)
-        self.lora_magnitude_vector = Parameter(self._norms().clone())
+        self.lora_magnitude_vector = _start(self._norms, features(base)[1], device)
 
     def _norms(self) -> Tensor:
         return self.norms.of(self.lora_A.weight, self.lora_B.weight, self.scale)
@@ -74,11 +91,19 @@ class DoRA(LowRank):
 class DoRAEmbedding(LowRankEmbedding):
     """DoRA on an embedding: m holds a length for each of the D columns of the table."""
 
-    def __init__(self, base: nn.Embedding, rank: int, scale: float, dropout: float, generator: torch.Generator):
+    def __init__(
+        self,
+        base: nn.Embedding,
+        rank: int,
+        scale: float,
+        dropout: float,
+        generator: torch.Generator,
+        device: torch.device = _CPU,
+    ):
         super().__init__(base, rank, scale, dropout, generator)
-        self.to(base.weight.device)
+        self.to(device)
         self.norms = Norms(base)
-        self.lora_magnitude_vector = Parameter(self._norms().clone())
+        self.lora_magnitude_vector = _start(self._norms, base.embedding_dim, device)
 
     def _norms(self) -> Tensor:
         return self.norms.of(self.lora_embedding_A, self.lora_embedding_B, self.scale)

@@ -87,12 +87,13 @@ class LoRA:
         for path, module in targets.items():
             rank, alpha = _pick(self.rank_pattern, path, self.rank), _pick(self.alpha_pattern, path, self.alpha)
             drawn = (rank, alpha / (math.sqrt(rank) if self.rslora else rank), self.dropout, generator)
+            where = base.device
             delta: Delta
             if isinstance(module, nn.Embedding):
-                delta = DoRAEmbedding(module, *drawn) if self.dora else LowRankEmbedding(module, *drawn)
+                delta = DoRAEmbedding(module, *drawn, where) if self.dora else LowRankEmbedding(module, *drawn)
             else:
-                delta = DoRA(module, *drawn) if self.dora else LowRank(features(module), *drawn)
-            base.grafts.graft_module(path, name, delta.to(base.device))
+                delta = DoRA(module, *drawn, where) if self.dora else LowRank(features(module), *drawn)
+            base.grafts.graft_module(path, name, delta.to(where))
         if self.modules_to_save:
             base.grafts.substitute(name, *copies_of_modules(base, self.modules_to_save, self.untie))
 
