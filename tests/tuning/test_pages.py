@@ -23,7 +23,3 @@ def test_a_methods_page_says_what_the_code_does(name: str) -> None:
         rate = f"{method.defaults.learning_rate:.0e}".replace("e-0", "e-")
         assert f"learning rate is {rate}" in page.replace("\n", " ")
         assert f"`{kind.peft_type}`" in page if hasattr(kind, "peft_type") else "PEFT has no such type" in page
-
-
-def test_no_page_is_of_a_method_that_is_not() -> None:
-    assert {path.stem for path in PAGES.glob("*.md")} == set(METHODS)

@@ -15,7 +15,7 @@ from luthier.errors import UserError
 from luthier.models import attention
 from luthier.models.allocator import keep_freed_memory
 from luthier.models.attention import Packing
-from luthier.models.batch import Batch, Packed, Segment
+from luthier.models.batch import Batch, Packed, Segment, row_parts, token_parts
 from luthier.models.grafted import Grafted
 from luthier.models.grafts import Grafts
 from luthier.models.load import (
@@ -27,6 +27,7 @@ from luthier.models.load import (
     resolve_device,
     resolve_dtype,
 )
+from luthier.models.padding import kept_index, owner_rows, pad, pad_index
 from luthier.models.prefix import Prefixes
 
 # Families whose rows may share one packed sequence; each passed the leakage test.
@@ -125,7 +126,7 @@ class BaseModel:
         segments = batch.segments
         if self.encoder_decoder:
             states, starts = self._run_encoder_decoder(batch, segments)
-            return states.flatten(0, 1)[_pad_index(batch.targets, starts, states.shape[1], _owner_rows(batch))]
+            return states.flatten(0, 1)[pad_index(batch.targets, starts, states.shape[1], owner_rows(batch))]
         states, shift, index = self._run_decoder(batch.source, segments)
         if segments:
             self._route_targets(batch, segments)
@@ -157,7 +158,7 @@ class BaseModel:
     def embed(self, packed: Packed, segments: tuple[Segment, ...]) -> tuple[Tensor, tuple[int, ...], Tensor]:
         """Embed rows with their soft prompts in front: (T', D), new lengths, and the shift of each row's tokens."""
         if segments:
-            self.grafts.use_segments(segments, _token_parts(segments, packed.lengths), axis=0)
+            self.grafts.use_segments(segments, token_parts(segments, packed.lengths), axis=0)
         embedded: Tensor = self.embedding(packed.ids)
         if self.embedding_noise and torch.is_grad_enabled():
             embedded = noisy(embedded, packed.lengths, self.embedding_noise)
@@ -198,20 +199,20 @@ class BaseModel:
         prefixes = self.grafts.prefixes_of(range(len(lengths)), segments)
         if self.packs:
             if segments:
-                self.grafts.use_segments(segments, _token_parts(segments, lengths), axis=1)
+                self.grafts.use_segments(segments, token_parts(segments, lengths), axis=1)
             starts = prefixes.lengths if prefixes else ()
             positions = torch.tensor(grown.positions(starts), device=embedded.device)[None]
             packing = Packing(lengths, packed.branches, prefixes=prefixes)
             return self.run_packed(embedded[None], positions, packing), shift, None
         assert not packed.branches, "branches need a family that packs"
         if segments:
-            self.grafts.use_segments(segments, _row_parts(segments), axis=0)
-        padded, mask = _pad(embedded, lengths)
+            self.grafts.use_segments(segments, row_parts(segments), axis=0)
+        padded, mask = pad(embedded, lengths)
         options: dict[str, Any] = {"attention_mask": mask}
         if prefixes:
             options = self.behind(prefixes, mask)
         states = self.model.get_decoder()(inputs_embeds=padded, use_cache=False, **options).last_hidden_state
-        index = _kept_index(packed.lengths, lengths, states.shape[1], states.device)
+        index = kept_index(packed.lengths, lengths, states.shape[1], states.device)
         return states, shift, index
 
     def behind(self, prefixes: Prefixes, mask: Tensor) -> dict[str, Any]:
@@ -226,8 +227,8 @@ class BaseModel:
         """Run the encoder: padded states (rows, L, D) and their mask (rows, L)."""
         embedded, lengths, _ = self.embed(packed, segments)
         if segments:
-            self.grafts.use_segments(segments, _row_parts(segments), axis=0)
-        padded, mask = _pad(embedded, lengths)
+            self.grafts.use_segments(segments, row_parts(segments), axis=0)
+        padded, mask = pad(embedded, lengths)
         encoded: Tensor = self.model.get_encoder()(inputs_embeds=padded, attention_mask=mask).last_hidden_state
         return encoded, mask
 
@@ -240,7 +241,7 @@ class BaseModel:
             take = torch.tensor(rows, device=encoded.device)
             encoded, mask = encoded[take], mask[take]
         lengths = batch.decoder.lengths
-        ids, own = _pad(batch.decoder.ids, lengths)
+        ids, own = pad(batch.decoder.ids, lengths)
         # Padding stands behind every row, where causal attention never looks: no mask is needed without prefixes.
         prefixes = self.grafts.prefixes_of(rows, segments)
         options = self.behind(prefixes, own) if prefixes else {}
@@ -266,39 +267,3 @@ def noisy(embedded: Tensor, lengths: tuple[int, ...], alpha: float) -> Tensor:
     spread = torch.tensor([alpha / (length * embedded.shape[1]) ** 0.5 for length in lengths], device=embedded.device)
     each = spread.repeat_interleave(torch.tensor(lengths, device=embedded.device))
     return embedded + (torch.rand_like(embedded) * 2 - 1) * each[:, None].to(embedded.dtype)
-
-
-def _token_parts(segments: tuple[Segment, ...], lengths: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(sum(lengths[: segment.start]), sum(lengths[: segment.stop])) for segment in segments)
-
-
-def _row_parts(segments: tuple[Segment, ...]) -> tuple[slice, ...]:
-    return tuple(slice(segment.start, segment.stop) for segment in segments)
-
-
-def _pad(packed: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """(T, ...) packed rows to (rows, L, ...) with zeros behind, and the (rows, L) mask."""
-    rows = list(packed.split(list(lengths)))
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    places = torch.arange(padded.shape[1], device=packed.device)
-    return padded, (places < torch.tensor(lengths, device=packed.device)[:, None]).long()
-
-
-def _kept_index(lengths: tuple[int, ...], grown: tuple[int, ...], longest: int, device: torch.device) -> Tensor:
-    """For each token of the packed rows, where it stands in the flattened padded ones."""
-    pieces = [
-        torch.arange(more - length, more) + row * longest
-        for row, (length, more) in enumerate(zip(lengths, grown, strict=True))
-    ]
-    return torch.cat(pieces).to(device)
-
-
-def _owner_rows(batch: Batch) -> Tensor:
-    """The decoder row of each target: rows are packed in order, so it follows from the lengths."""
-    assert batch.decoder is not None
-    ends = torch.tensor(batch.decoder.lengths, device=batch.targets.device).cumsum(0)
-    return torch.searchsorted(ends, batch.targets, right=True)
-
-
-def _pad_index(targets: Tensor, starts: Tensor, longest: int, rows: Tensor) -> Tensor:
-    return rows * longest + targets - starts[rows]

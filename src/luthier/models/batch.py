@@ -79,3 +79,13 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             owners=self.owners.to(device, non_blocking=True),
         )
+
+
+def token_parts(segments: tuple[Segment, ...], lengths: tuple[int, ...]) -> tuple[slice, ...]:
+    """Each segment's slice of the packed tokens."""
+    return tuple(slice(sum(lengths[: segment.start]), sum(lengths[: segment.stop])) for segment in segments)
+
+
+def row_parts(segments: tuple[Segment, ...]) -> tuple[slice, ...]:
+    """Each segment's slice of the rows."""
+    return tuple(slice(segment.start, segment.stop) for segment in segments)

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from luthier.models.attention import Packing, RowCache
 from luthier.models.base import BaseModel
 from luthier.models.batch import Packed, Segment
+from luthier.models.padding import pad_left
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def _decode_padded(
         )[:, 1:]  # without the decoder's start token
     else:
         embedded, lengths, _ = base.embed(packed, ())
-        padded, mask = _pad_left(embedded, lengths)
+        padded, mask = pad_left(embedded, lengths)
         if prefixes:
             before = base.behind(prefixes, mask)
             options["past_key_values"], mask = before["past_key_values"], before["attention_mask"]
@@ -119,13 +119,3 @@ def _decode_padded(
     for row, ids in enumerate(out.tolist()):
         end = next((place for place, token in enumerate(ids) if token in stop), len(ids))
         yield row, ids[:end]
-
-
-def _pad_left(embedded: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    longest = max(lengths)
-    padded = embedded.new_zeros(len(lengths), longest, embedded.shape[1])
-    mask = torch.zeros(len(lengths), longest, dtype=torch.long, device=embedded.device)
-    for row, piece in enumerate(embedded.split(list(lengths))):
-        padded[row, longest - len(piece) :] = piece
-        mask[row, longest - len(piece) :] = 1
-    return padded, mask
