@@ -86,6 +86,13 @@ def test_what_peft_saved_is_refused_by_name(folder: Path, changes: dict, message
     assert str(folder) in refused(folder, message)
 
 
+def test_a_cut_file_of_pefts_is_named(folder: Path) -> None:
+    (folder / "luthier.json").unlink()
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert str(weights) in refused(folder, "is damaged or no safetensors file")
+
+
 def test_an_adapter_of_pefts_for_another_shape_of_base_is_refused(folder: Path) -> None:
     (folder / "luthier.json").unlink()
     said = refused(folder, "does not fit", tiny.make("qwen3", blocks=1))

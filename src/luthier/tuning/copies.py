@@ -30,7 +30,7 @@ def copies_of(base: BaseModel, places: Collection[str], untie: bool) -> Copies:
             others = ", ".join(place for place in slots if place not in chosen)
             raise UserError(
                 f"{', '.join(chosen)} is tied to {others}: it is one tensor, and training one side alone would part "
-                "them. Choose both (`targets: [embeddings, head]`), or set `untie: true`, which gives the chosen side "
+                "them. Choose both (as `selective` does with `targets: [embeddings, head]`), or set `untie: true`, which gives this side "
                 f"its own copy of {original.numel():,} numbers."
             )
         name = key if len(chosen) == len(slots) else chosen[0]
