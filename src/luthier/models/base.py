@@ -216,10 +216,19 @@ class BaseModel:
         return states, shift, index
 
     def behind(self, prefixes: Prefixes, mask: Tensor) -> dict[str, Any]:
-        """What transformers' own decoder needs to run padded rows behind their prefixes: cache, mask and positions."""
+        """What transformers' own decoder needs to run padded rows behind their prefixes: cache, mask and positions.
+
+        Raises UserError while blocks are checkpointed: transformers takes the cache from those.
+        """
+        decoder = self.model.get_decoder()
+        if any(getattr(one, "gradient_checkpointing", False) and one.training for one in decoder.modules()):
+            raise UserError(
+                f"gradient_checkpointing: the checkpointed blocks of a {self.family} model do not see a prefix. "
+                "Set it to false for prefix_tuning."
+            )
         cache, before = prefixes.cache(self.dtype, self.encoder_decoder)
         options = {"past_key_values": cache, "attention_mask": torch.cat([before, mask], dim=1)}
-        if "position_ids" in inspect.signature(self.model.get_decoder().forward).parameters:
+        if "position_ids" in inspect.signature(decoder.forward).parameters:
             options["position_ids"] = options["attention_mask"].cumsum(1)[:, before.shape[1] :].sub(1).clamp(min=0)
         return options
 
