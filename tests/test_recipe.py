@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from luthier.errors import UserError
-from luthier.recipe import load_recipe, make_recipe, recipe_schema, recipe_yaml
+from luthier.recipe import load_recipe, make_recipe, recipe_yaml
+from luthier.recipe_schema import recipe_schema
+from luthier.tuning import METHODS
 
 FIVE_LINES = """\
 base: smollm2-135m-instruct
@@ -127,6 +129,29 @@ def test_unreadable_recipes(tmp_path: Path, content: str | None, message: str) -
         path.write_text(content)
     with pytest.raises(UserError, match=message):
         load_recipe(path)
+
+
+def test_every_method_is_a_tuning_with_its_defaults(recipe_file: Path) -> None:
+    names = ", ".join(METHODS)
+    recipe = load_recipe(recipe_file, [f"tunings={{{', '.join(f'{name}: {{}}' for name in METHODS)}}}"])
+    assert list(recipe.tunings) == list(METHODS), names
+    assert {type(tuning.method) for tuning in recipe.tunings.values()} == set(METHODS.values())
+    assert make_recipe(yaml.safe_load(recipe_yaml(recipe))) == recipe
+    for name, kind in METHODS.items():
+        definition = next(
+            one for one in recipe_schema()["$defs"]["Tuning"]["anyOf"] if one.get("title") == kind.__name__
+        )
+        assert definition["properties"]["method"] == {"const": name}
+
+
+def test_a_prompt_may_start_from_the_tasks_choices(recipe_file: Path) -> None:
+    start = "tunings.prompt_tuning={init: class_labels}"
+    for choices, labels in (("yes ||| no", ["yes", "no"]), (["red", "blue"], ["red", "blue"]), ("{{ a }}", [])):
+        recipe = load_recipe(recipe_file, [start, f"task.choices={json.dumps(choices)}", "task.metrics=[accuracy]"])
+        assert recipe.method("prompt_tuning").labels == labels
+        assert recipe.tunings["prompt_tuning"].method.labels == []
+    given = load_recipe(recipe_file, ["tunings.prompt_tuning={init: class_labels, labels: [a]}"])
+    assert given.method("prompt_tuning").labels == ["a"]
 
 
 def test_the_schema_accepts_the_examples_and_refuses_a_misspelt_key() -> None:

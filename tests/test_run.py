@@ -73,6 +73,13 @@ def test_a_run_writes_the_comparison_and_its_tunings_can_be_used(
     content: dict, bases: Path, tmp_path: Path, family: str
 ) -> None:
     content["base"]["model"] = str(bases / family)
+    content["tunings"] |= {
+        "selective": {},
+        "dora": {"method": "lora", "rank": 2, "dora": True},
+        "bottleneck": {"reduction": 8},
+        "prefix_tuning": {"length": 4, "reparametrise": True, "hidden": 4},
+        "ia3": {},
+    }
     out = tmp_path / "out"
     report = run(make_recipe(content), out, isolate=False)
     written = json.loads((out / "report.json").read_text())
@@ -80,7 +87,7 @@ def test_a_run_writes_the_comparison_and_its_tunings_can_be_used(
     assert written["schema_version"] == 1
     assert list(written["tunings"]) == list(content["tunings"])
     for name, tuning in written["tunings"].items():
-        trained = name in ("prompt_tuning", "lora", "full")
+        trained = name not in ("zero_shot", "two_shot")
         assert (tuning["trainable_parameters"] > 0) == trained
         assert tuning["file_bytes"] == sum(len(data) for data in files(out / "tunings" / name).values())
         assert set(tuning["scores"]["who"]) == {"rouge1", "rouge2", "rougeL", "rougeLsum"}

@@ -185,7 +185,7 @@ def schema(
     what: Annotated[str, typer.Argument(help="recipe or report.")] = "recipe",
 ) -> None:
     """Print the JSON schema of a recipe (for editors) or of report.json."""
-    from luthier.recipe import recipe_schema
+    from luthier.recipe_schema import recipe_schema
     from luthier.report.schema import report_schema
 
     if what not in ("recipe", "report"):

@@ -54,11 +54,12 @@ def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool 
 def _rehearse(recipe: Recipe) -> None:
     """Attach every tuning to the base's skeleton: a pattern that matches nothing is found before hours of work."""
     base = BaseModel.skeleton(recipe.base)
-    for name, tuning in recipe.tunings.items():
-        if isinstance(tuning.method, FewShot) and tuning.method.selection == "similar":
+    for name in recipe.tunings:
+        method = recipe.method(name)
+        if isinstance(method, FewShot) and method.selection == "similar":
             needs_similar()
-        if isinstance(tuning.method, Method):
-            attach(base, name, tuning.method, recipe.seed)
+        if isinstance(method, Method):
+            attach(base, name, method, recipe.seed)
             detach(base, name)
 
 

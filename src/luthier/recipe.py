@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import yaml
 from pydantic import (
@@ -17,19 +17,21 @@ from pydantic import (
     model_validator,
 )
 
-from luthier.data.library import task_files
 from luthier.data.load import load_examples
 from luthier.data.mixture import Member, Mixture, TaskOrMixture
 from luthier.data.task import Examples, Task
 from luthier.encoding.encoder import Encoder, PromptTokens
 from luthier.errors import UserError, nearest
-from luthier.metrics import METRICS, MODEL_METRICS, metric, reading
+from luthier.metrics import metric, reading
 from luthier.models.load import DEFAULT_CONTEXT, BaseSpec, context_length, read_tokenizer
-from luthier.shorthand import RETENTION, expand
+from luthier.shorthand import expand
 from luthier.training.settings import TrainingSettings
-from luthier.tuning import METHODS, FewShot, Full, LoRA, PromptTuning, ZeroShot
+from luthier.tuning import METHODS, Method, Prompting, PromptTuning
 
-AnyMethod = Annotated[ZeroShot | FewShot | Full | LoRA | PromptTuning, Field(discriminator="method")]
+if TYPE_CHECKING:
+    AnyMethod = Method | Prompting
+else:  # every method is declared once, in METHODS
+    AnyMethod = Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")]  # noqa: UP007
 
 
 class Tuning(BaseModel):
@@ -75,6 +77,15 @@ class Recipe(BaseModel):
     def tasks(self) -> list[Task]:
         """The task, or the tasks of the mixture."""
         return self.task.all_tasks() if isinstance(self.task, Mixture) else [self.task]
+
+    def method(self, name: str) -> AnyMethod:
+        """The method of a tuning, with what it takes from its tasks: the answer choices to start a prompt from."""
+        tuning = self.tunings[name]
+        if not isinstance(tuning.method, PromptTuning):
+            return tuning.method
+        chosen = [task for task in self.tasks if not tuning.tasks or task.name in tuning.tasks]
+        fixed = [choice for task in chosen for choice in task.fixed_choices]
+        return tuning.method.with_labels(list(dict.fromkeys(fixed)))
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
@@ -164,47 +175,6 @@ def make_recipe(content: Mapping[str, Any], changes: Sequence[str] = (), where: 
 def recipe_yaml(recipe: Recipe) -> str:
     """The resolved recipe, every default written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-
-
-def recipe_schema() -> dict[str, Any]:
-    """JSON schema of a recipe as it is written, shorthands included, for editors."""
-    schema = Recipe.model_json_schema()
-    definitions = schema["$defs"]
-    tuned = []
-    for name, kind in METHODS.items():
-        one = TypeAdapter(kind).json_schema()
-        one["properties"]["method"] = {"const": name}
-        if hasattr(kind, "defaults"):
-            one["properties"]["training"] = {"$ref": "#/$defs/TrainingSettings"}
-            one["properties"]["tasks"] = {"type": "array", "items": {"type": "string"}}
-        tuned.append(one)
-    definitions["Tuning"] = {"anyOf": [*tuned, {"type": "null"}]}
-    properties = schema["properties"]
-    names = sorted(task_files())
-    properties["base"] = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/BaseSpec"}]}
-    task = {"anyOf": [{"enum": names}, {"type": "string"}, {"$ref": "#/$defs/Task"}]}
-    either = {"anyOf": [*task["anyOf"], {"$ref": "#/$defs/Mixture"}]}
-    preset = {"const": "flan2022", "description": "FLAN 2022's weights, caps and forms over `sources`."}
-    sources = {"type": "object", "additionalProperties": {"type": "array", "items": either}}
-    definitions["Mixture"]["properties"] |= {"preset": preset, "sources": sources}
-    definitions["Mixture"]["required"] = []
-    definitions["Mixture"]["anyOf"] = [{"required": ["tasks"]}, {"required": ["preset", "sources"]}]
-    definitions["Mixture"]["properties"]["tasks"]["items"] = {"anyOf": [*either["anyOf"], {"$ref": "#/$defs/Member"}]}
-    definitions["Member"]["properties"]["task"] = either
-    properties["task"] = either
-    properties["retention"] = {"type": "array", "items": task, "default": RETENTION}
-    properties["tunings"] = {
-        "anyOf": [
-            {"type": "object", "additionalProperties": {"$ref": "#/$defs/Tuning"}},
-            {"type": "array", "items": {"enum": list(METHODS)}},
-        ]
-    }
-    file = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Source"}]}
-    definitions["Task"]["properties"]["train"] = file
-    definitions["Task"]["properties"]["metrics"]["items"] = {"enum": [*METRICS, *MODEL_METRICS]}
-    for split in ("validation", "test"):
-        definitions["Task"]["properties"][split] = {"anyOf": [*file["anyOf"], {"type": "number"}], "default": 0.1}
-    return schema
 
 
 def _set(whole: dict[str, Any], change: str) -> None:
@@ -309,4 +279,4 @@ def differing_key(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: st
     return None
 
 
-__all__ = ["Recipe", "Tuning", "differing_key", "load_recipe", "make_recipe", "recipe_schema", "recipe_yaml"]
+__all__ = ["Recipe", "Tuning", "differing_key", "load_recipe", "make_recipe", "recipe_yaml"]

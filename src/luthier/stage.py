@@ -69,7 +69,7 @@ def run_stage(directory: RunDirectory, name: str, should_stop: Callable[[], bool
         if name == BASELINE:
             result: dict[str, Any] = {"scores": _score_retention(stage, name, 0)}
         else:
-            method = recipe.tunings[name].method
+            method = recipe.method(name)
             result = _prompting(stage, name, method) if isinstance(method, Prompting) else _tuning(stage, name, method)
         result |= {"memory_after_import_bytes": after_import, "base": _describe(base)}
     directory.save_result(name, result)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from tests import tiny
 
+from luthier.encoding.batches import collate
+from luthier.encoding.encoder import Encoded
 from luthier.models.generate import generate
-from luthier.tuning import LoRA, PromptTuning, attach, parameters
+from luthier.tuning import IA3, Bottleneck, LoRA, PrefixTuning, PromptTuning, Selective, attach, parameters
 
 FAMILIES = tiny.DECODERS + tiny.UNPACKED + tiny.ENCODER_DECODERS
 
@@ -41,20 +43,43 @@ def test_batched_greedy_equals_transformers_generate(family: str) -> None:
     assert {len(row) for row in found} != {12}
 
 
-@pytest.mark.parametrize("family", ("llama", "gpt2", "t5"))
-def test_tuned_generation_does_not_depend_on_the_batch(family: str) -> None:
+def slow(base, prompt: list[int], new_tokens: int, stop: int) -> list[int]:
+    """Greedy decoding that is its meaning: the whole row again for every token."""
+    written: list[int] = []
+    for _ in range(new_tokens):
+        row = Encoded("row", prompt, [*written, 0])  # the label is not used
+        with torch.no_grad():
+            states = base.target_states(collate([row], base.decoder_start if base.encoder_decoder else None))
+            token = int(base.logits(states[-1:]).argmax())
+        if token == stop:
+            break
+        written.append(token)
+    return written
+
+
+TUNINGS = {
+    "lora": LoRA(rank=2, targets=["all-linear", "embeddings", "lm_head"]),
+    "ia3": IA3(),
+    "prompt": PromptTuning(length=3, init="random"),
+    "prefix": PrefixTuning(length=5, init="random"),
+    "bottleneck": Bottleneck(reduction=4),
+    "selective": Selective(targets="last-1-block"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tuned_generation_is_slow_generation_row_by_row(family: str) -> None:
     base = tiny.make(family)
-    attach(base, "a", LoRA(rank=2), seed=1)
-    attach(base, "b", PromptTuning(length=3, init="random"), seed=1)
-    with torch.no_grad():
-        for parameter in parameters(base, "a").values():
-            parameter.normal_(std=0.3)
-    prompts = prompts_for(base.embedding.weight.shape[0])
+    prompts = prompts_for(base.embedding.weight.shape[0], 4)
     bare = generate(base, prompts, 8, [2])
-    for name in ("a", "b"):
+    for name, method in TUNINGS.items():
+        attach(base, name, method, seed=1)
+        with torch.no_grad():
+            for parameter in parameters(base, name).values():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
         base.use(name)
-        together = generate(base, prompts, 8, [2], batch_rows=7)
-        assert together == [generate(base, [prompt], 8, [2])[0] for prompt in prompts]
+        together = generate(base, prompts, 8, [2], batch_rows=3)
+        assert together == [slow(base, prompt, 8, 2) for prompt in prompts], name
         assert together != bare, "the tuning has no effect"
     base.use(None)
     assert generate(base, prompts, 8, [2]) == bare

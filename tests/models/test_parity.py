@@ -90,7 +90,7 @@ def test_chunked_loss_has_autograds_gradient(family: str) -> None:
     labels = torch.randint(0, head.shape[0], (600,))
     plain = torch.nn.functional.cross_entropy(base.logits(states).float(), labels, reduction="sum")
     expected = torch.autograd.grad(plain * 0.5, [states, head])
-    ours = module._HeadLoss.apply(states, labels, base, *base.head_parameters())
+    ours = module._HeadLoss.apply(states, labels, base, 0.0, *base.head_parameters())
     found = torch.autograd.grad(ours * 0.5, [states, head])
     torch.testing.assert_close(ours, plain)
     for one, other in zip(found, expected, strict=True):

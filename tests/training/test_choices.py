@@ -22,7 +22,7 @@ from luthier.training.loop import Validation, accumulate, train
 from luthier.training.optimizer import Optimizer
 from luthier.training.rates import rate_factors
 from luthier.training.settings import TrainingSettings
-from luthier.tuning import Full, LoRA, attach, parameters
+from luthier.tuning import IA3, Bottleneck, Full, LoRA, Method, PrefixTuning, attach, parameters
 
 FAMILIES = ["llama", "gpt2", "opt", "t5"]
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -59,6 +59,25 @@ def test_checkpointed_gradients_are_the_same_bits(family: str) -> None:
     assert same(found[0], found[1]) and found[0]
     blocks = [module for module in base.model.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert blocks and not any(block.training for block in blocks), "blocks are back in eval mode"
+
+
+@pytest.mark.parametrize("method", [IA3(), LoRA(rank=2, dora=True), PrefixTuning(length=3), Bottleneck(reduction=8)])
+@each_family
+def test_checkpointing_suits_other_methods_or_says_no(family: str, method: Method) -> None:
+    base = tuned(family, method)
+    rows, found = rows_for(base, 4), []
+    for on in (False, True):
+        settings = TrainingSettings(gradient_checkpointing=on)
+        run = lambda settings=settings: loop._gradients(  # noqa: E731
+            base, "t", rows, settings, loop.Progress(micro_batch_tokens=60), lambda event: None
+        )
+        if on and isinstance(method, PrefixTuning) and not base.packs:
+            with pytest.raises(UserError, match=f"blocks of a {family} model do not see a prefix"):
+                run()
+            return
+        run()
+        found.append(gradients(base))
+    assert same(found[0], found[1]) and found[0]
 
 
 def test_checkpointing_runs_each_block_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 
 from luthier.errors import UserError
-from luthier.tuning import LoRA, PromptTuning, attach
+from luthier.tuning import LoRA, PrefixTuning, PromptTuning, attach
 from luthier.tuning.files import load_tuning, pack
 
 
@@ -49,6 +49,69 @@ def test_a_damaged_file_is_named(folder: Path) -> None:
     assert str(folder / "no") in refused(folder / "no", "holds no tuning")
 
 
+def test_settings_of_another_version_are_named(folder: Path) -> None:
+    card = json.loads((folder / "luthier.json").read_text())
+    card["settings"] |= {"colour": "blue", "rank": "two"}
+    (folder / "luthier.json").write_text(json.dumps(card))
+    said = refused(folder, "holds settings that LoRA does not have")
+    assert "colour" in said and "rank" in said
+
+
+@pytest.mark.parametrize("with_card", [True, False])
+def test_pickled_weights_are_refused(folder: Path, with_card: bool) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"a": torch.ones(2)}, folder / "adapter_model.bin")
+    if not with_card:
+        (folder / "luthier.json").unlink()
+    assert "pickled weights can run any code" in refused(folder, "adapter_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LOHA"}, r"is of the type 'LOHA'; Luthier reads IA3, LN_TUNING, LORA, PREFIX_TUNING, PROMPT_TU"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, r"is for SEQ_2_SEQ_LM; this llama base is CAUSAL_LM"),
+        ({"bias": "all", "use_qalora": True}, r"uses what Luthier does not have: bias: 'all', use_qalora: True"),
+        ({"init_lora_weights": "pissa"}, r"init_lora_weights 'pissa' changed the base's own weights"),
+        ({"target_modules": ["nowhere"]}, r"target_modules \['nowhere'\] means no module of this llama model"),
+        ({"r": None}, r"adapter_config.json is damaged"),
+        ({"r": 3}, r"lora_A.weight has shape \(2, 32\), not \(3, 32\);.*;.*has shape"),
+        ({"target_modules": ["q_proj"]}, r"unexpected model.layers.0.mlp.down_proj.lora_A.weight; unexpected"),
+    ],
+)
+def test_what_peft_saved_is_refused_by_name(folder: Path, changes: dict, message: str) -> None:
+    (folder / "luthier.json").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+    assert str(folder) in refused(folder, message)
+
+
+def test_a_cut_file_of_pefts_is_named(folder: Path) -> None:
+    (folder / "luthier.json").unlink()
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert str(weights) in refused(folder, "is damaged or no safetensors file")
+
+
+def test_an_adapter_of_pefts_for_another_shape_of_base_is_refused(folder: Path) -> None:
+    (folder / "luthier.json").unlink()
+    said = refused(folder, "does not fit", tiny.make("qwen3", blocks=1))
+    assert "unexpected model.layers.1.mlp.down_proj.lora_A.weight" in said
+    (folder / "adapter_config.json").write_text("[1]")
+    refused(folder, "adapter_config.json is damaged: it holds no named keys")
+
+
+def test_a_prefix_of_pefts_for_other_heads_is_refused(tmp_path: Path) -> None:
+    base = tiny.make("llama")
+    attach(base, "t", PrefixTuning(length=2))
+    for file, content in pack(base, "t").items():
+        (tmp_path / file).write_bytes(content)
+    (tmp_path / "luthier.json").unlink()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+    refused(tmp_path, r"has \(layers, heads, width\) \(2, 4, 16\); this base has \(2, 2, 16\)")
+
+
 def test_every_bad_key_is_listed(folder: Path) -> None:
     weights = folder / "adapter_model.safetensors"
     tensors = load_file(weights)
@@ -57,9 +120,11 @@ def test_every_bad_key_is_listed(folder: Path) -> None:
     del tensors[keys[0]]
     tensors[keys[3]] = torch.ones(5, 5)
     tensors[keys[4]] = torch.ones(5, 5)
+    tensors[keys[5]] = tensors[keys[5]].to(torch.int8)
     save_file(tensors, weights)
     said = refused(folder, "does not fit")
     short = [key.removeprefix("base_model.model.") for key in keys]
+    assert f"{short[5]} holds int8, no numbers to train" in said
     for words in (f"missing {short[0]}", "unexpected extra", f"{short[3]} has shape (5, 5)", f"{short[4]} has shape"):
         assert words in said
 
@@ -103,7 +168,7 @@ def test_prompt_tuning_starts_from_its_text() -> None:
 def test_lora_patterns_choose_modules() -> None:
     from transformers.pytorch_utils import Conv1D
 
-    from luthier.tuning.method import match_modules
+    from luthier.tuning.targets import match_modules
 
     base, kinds = tiny.make("llama"), (torch.nn.Linear, Conv1D)
     assert len(match_modules(base, "all-linear", kinds)) == 14

@@ -85,6 +85,13 @@ class Task:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
 
     @property
+    def fixed_choices(self) -> list[str]:
+        """The answer choices, where they are the same for every row."""
+        if isinstance(self.choices, str):
+            return [] if "{" in self.choices else [one.strip() for one in self.choices.split("|||")]
+        return [one for one in self.choices or [] if "{" not in one]
+
+    @property
     def judged_by(self) -> list[str]:
         """The metrics by name; ROUGE for free text and accuracy for choices unless the task says."""
         return self.metrics or (["accuracy"] if self.choices else ["rouge1", "rouge2", "rougeL", "rougeLsum"])

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from luthier.models.prefix import Prefixes
+
 NAME = "luthier_packed"
 
 # Above this many tokens the (L, L) score matrix costs more than the fused kernel's slower backward.
@@ -25,9 +27,12 @@ class RowCache:
     is_compileable = False
     is_sliding = (False,)
 
-    def __init__(self, lengths: tuple[int, ...], new_tokens: int):
-        self.prompt_lengths = lengths
-        self.capacity = max(lengths) + new_tokens
+    def __init__(self, lengths: tuple[int, ...], new_tokens: int, prefixes: Prefixes | None = None):
+        self.lengths = lengths  # of the prompts
+        self.prefixes = prefixes
+        before = prefixes.lengths if prefixes else (0,) * len(lengths)
+        self.prompt_lengths = tuple(one + more for one, more in zip(before, lengths, strict=True))  # prefixes included
+        self.capacity = max(self.prompt_lengths) + new_tokens
         self.filled: Tensor | None = None  # (rows,) tokens held by each row; None until the prompts are in
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
@@ -47,9 +52,12 @@ class RowCache:
         shape = (len(self.prompt_lengths), key.shape[1], self.capacity, key.shape[3])
         self.keys[layer], self.values[layer] = key.new_zeros(shape), value.new_zeros(shape)
         start = 0
-        for row, length in enumerate(self.prompt_lengths):
-            self.keys[layer][row, :, :length] = key[0, :, start : start + length]
-            self.values[layer][row, :, :length] = value[0, :, start : start + length]
+        for row, (length, filled) in enumerate(zip(self.lengths, self.prompt_lengths, strict=True)):
+            here, own = slice(start, start + length), slice(filled - length, filled)
+            self.keys[layer][row, :, own], self.values[layer][row, :, own] = key[0, :, here], value[0, :, here]
+            if self.prefixes and (prefix := self.prefixes.at(layer, row, key)):
+                before = filled - length
+                self.keys[layer][row, :, :before], self.values[layer][row, :, :before] = prefix[0][0], prefix[1][0]
             start += length
 
     def prompts_are_in(self, device: torch.device) -> None:
@@ -84,6 +92,7 @@ class Packing:
     lengths: tuple[int, ...]
     branches: tuple[tuple[int, ...], ...] = ()
     cache: RowCache | None = None
+    prefixes: Prefixes | None = None
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     @property
@@ -116,15 +125,19 @@ def packed_attention(
         here = slice(start, start + length)
         branches = packing.branches[row] if packing.branches else ()
         q, k, v = query[:, :, here], key[:, :, here], value[:, :, here]
-        window = sliding_window if sliding_window is not None and sliding_window < length else None
-        plain = not branches and window is None
+        prefix = packing.prefixes.at(module.layer_idx, row, k) if packing.prefixes else None  # type: ignore[arg-type]
+        if prefix:
+            k, v = torch.cat([prefix[0], k], dim=2), torch.cat([prefix[1], v], dim=2)
+        before = k.shape[2] - length
+        window = sliding_window if sliding_window is not None and sliding_window < before + length else None
+        plain = not branches and window is None and not before
         explicit = q.device.type == "cpu" and q.dtype == torch.bfloat16 and length <= _LONGEST_EXPLICIT
         if plain and not explicit and softcap is None:
             pieces.append(
                 F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=True)
             )
         else:
-            mask = _mask(packing, length, branches, window, q)
+            mask = _mask(packing, length, branches, window, q, before)
             pieces.append(_attend(q, k, v, mask, scale, softcap, dropout))
         start += length
     return torch.cat(pieces, dim=2).transpose(1, 2), None
@@ -166,9 +179,11 @@ def _attend_cached(
     return _attend(query, key, value, packing.masks[slot], scale, softcap, 0.0)
 
 
-def _mask(packing: Packing, length: int, branches: tuple[int, ...], window: int | None, like: Tensor) -> Tensor:
-    """(L, L) additive mask: causal, within the window, and no branch sees another."""
-    slot = (length, branches, window)
+def _mask(
+    packing: Packing, length: int, branches: tuple[int, ...], window: int | None, like: Tensor, before: int = 0
+) -> Tensor:
+    """(L, P + L) additive mask: causal, within the window, and no branch sees another; all see the prefix."""
+    slot = (length, branches, window, before)
     if slot not in packing.masks:
         places = torch.arange(length, device=like.device)
         owner = torch.zeros(length, dtype=torch.long, device=like.device)
@@ -180,9 +195,11 @@ def _mask(packing: Packing, length: int, branches: tuple[int, ...], window: int 
             start += branch
         seen = places[None, :] <= places[:, None]
         seen &= (owner[None, :] == 0) | (owner[None, :] == owner[:, None])
+        seen = torch.cat([seen.new_ones(length, before), seen], dim=1)
         if window is not None:
-            seen &= position[:, None] - position[None, :] < window
-        mask = torch.zeros(length, length, dtype=like.dtype, device=like.device)
+            columns = torch.cat([torch.arange(-before, 0, device=like.device), position])
+            seen &= position[:, None] - columns[None, :] < window
+        mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
         packing.masks[slot] = mask.masked_fill(~seen, float("-inf"))
     return packing.masks[slot]
 

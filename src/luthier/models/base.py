@@ -5,6 +5,7 @@ head are, how logits are scaled, how rows are laid out. The head is applied at t
 """
 
 import hashlib
+import inspect
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from luthier.errors import UserError
 from luthier.models import attention
 from luthier.models.allocator import keep_freed_memory
 from luthier.models.attention import Packing
-from luthier.models.batch import Batch, Packed, Segment
-from luthier.models.grafts import EVERYTHING, Grafts
+from luthier.models.batch import Batch, Packed, Segment, row_parts, token_parts
+from luthier.models.grafted import Grafted
+from luthier.models.grafts import Grafts
 from luthier.models.load import (
     DEFAULT_CONTEXT,
     BaseSpec,
@@ -25,6 +27,8 @@ from luthier.models.load import (
     resolve_device,
     resolve_dtype,
 )
+from luthier.models.padding import kept_index, owner_rows, pad, pad_index
+from luthier.models.prefix import Prefixes
 
 # Families whose rows may share one packed sequence; each passed the leakage test.
 PACKED_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma2"}
@@ -76,8 +80,8 @@ class BaseModel:
 
     @property
     def embedding(self) -> nn.Embedding:
-        """Token embeddings, (vocabulary, D)."""
-        return self.model.get_input_embeddings()
+        """Token embeddings, (vocabulary, D); the encoder's where there is one."""
+        return (self.model.get_encoder() if self.encoder_decoder else self.model).get_input_embeddings()
 
     @property
     def width(self) -> int:
@@ -122,7 +126,7 @@ class BaseModel:
         segments = batch.segments
         if self.encoder_decoder:
             states, starts = self._run_encoder_decoder(batch, segments)
-            return states.flatten(0, 1)[_pad_index(batch.targets, starts, states.shape[1], _owner_rows(batch))]
+            return states.flatten(0, 1)[pad_index(batch.targets, starts, states.shape[1], owner_rows(batch))]
         states, shift, index = self._run_decoder(batch.source, segments)
         if segments:
             self._route_targets(batch, segments)
@@ -146,15 +150,20 @@ class BaseModel:
         return logits
 
     def head_parameters(self) -> list[Tensor]:
-        """The trainable tensors of the head, where a tuning reaches it."""
-        return [parameter for parameter in self.model.get_output_embeddings().parameters() if parameter.requires_grad]
+        """The trainable tensors of the head, where the active tunings reach it."""
+        head = self.model.get_output_embeddings()
+        reached = head.active_parameters() if isinstance(head, Grafted) else head.parameters()
+        return [parameter for parameter in reached if parameter.requires_grad]
 
     def embed(self, packed: Packed, segments: tuple[Segment, ...]) -> tuple[Tensor, tuple[int, ...], Tensor]:
         """Embed rows with their soft prompts in front: (T', D), new lengths, and the shift of each row's tokens."""
+        if segments:
+            self.grafts.use_segments(segments, token_parts(segments, packed.lengths), axis=0)
         embedded: Tensor = self.embedding(packed.ids)
         if self.embedding_noise and torch.is_grad_enabled():
             embedded = noisy(embedded, packed.lengths, self.embedding_noise)
-        prompts = [self._prompt(row, segments) for row in range(len(packed.lengths))]
+        names = [self.grafts.name_of(row, segments) for row in range(len(packed.lengths))]
+        prompts = [self.grafts.prompts.get(name or "") for name in names]
         if all(prompt is None for prompt in prompts):
             return embedded, packed.lengths, torch.zeros(len(prompts), dtype=torch.long, device=embedded.device)
         pieces: list[Tensor] = []
@@ -187,26 +196,48 @@ class BaseModel:
     def _run_decoder(self, packed: Packed, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
         embedded, lengths, shift = self.embed(packed, segments)
         grown = Packed(packed.ids, lengths, packed.branches)
+        prefixes = self.grafts.prefixes_of(range(len(lengths)), segments)
         if self.packs:
             if segments:
-                self.grafts.use_segments(segments, _token_parts(segments, lengths), axis=1)
-            positions = torch.tensor(grown.positions(), device=embedded.device)[None]
-            states = self.run_packed(embedded[None], positions, Packing(lengths, packed.branches))
-            return states, shift, None
+                self.grafts.use_segments(segments, token_parts(segments, lengths), axis=1)
+            starts = prefixes.lengths if prefixes else ()
+            positions = torch.tensor(grown.positions(starts), device=embedded.device)[None]
+            packing = Packing(lengths, packed.branches, prefixes=prefixes)
+            return self.run_packed(embedded[None], positions, packing), shift, None
         assert not packed.branches, "branches need a family that packs"
         if segments:
-            self.grafts.use_segments(segments, _row_parts(segments), axis=0)
-        padded, mask = _pad(embedded, lengths)
-        states = self.model.get_decoder()(inputs_embeds=padded, attention_mask=mask, use_cache=False).last_hidden_state
-        index = _kept_index(packed.lengths, lengths, states.shape[1], states.device)
+            self.grafts.use_segments(segments, row_parts(segments), axis=0)
+        padded, mask = pad(embedded, lengths)
+        options: dict[str, Any] = {"attention_mask": mask}
+        if prefixes:
+            options = self.behind(prefixes, mask)
+        states = self.model.get_decoder()(inputs_embeds=padded, use_cache=False, **options).last_hidden_state
+        index = kept_index(packed.lengths, lengths, states.shape[1], states.device)
         return states, shift, index
+
+    def behind(self, prefixes: Prefixes, mask: Tensor) -> dict[str, Any]:
+        """What transformers' own decoder needs to run padded rows behind their prefixes: cache, mask and positions.
+
+        Raises UserError while blocks are checkpointed: transformers takes the cache from those.
+        """
+        decoder = self.model.get_decoder()
+        if any(getattr(one, "gradient_checkpointing", False) and one.training for one in decoder.modules()):
+            raise UserError(
+                f"gradient_checkpointing: the checkpointed blocks of a {self.family} model do not see a prefix. "
+                "Set it to false for prefix_tuning."
+            )
+        cache, before = prefixes.cache(self.dtype, self.encoder_decoder)
+        options = {"past_key_values": cache, "attention_mask": torch.cat([before, mask], dim=1)}
+        if "position_ids" in inspect.signature(decoder.forward).parameters:
+            options["position_ids"] = options["attention_mask"].cumsum(1)[:, before.shape[1] :].sub(1).clamp(min=0)
+        return options
 
     def encode(self, packed: Packed, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor]:
         """Run the encoder: padded states (rows, L, D) and their mask (rows, L)."""
-        if segments:
-            self.grafts.use_segments(segments, _row_parts(segments), axis=0)
         embedded, lengths, _ = self.embed(packed, segments)
-        padded, mask = _pad(embedded, lengths)
+        if segments:
+            self.grafts.use_segments(segments, row_parts(segments), axis=0)
+        padded, mask = pad(embedded, lengths)
         encoded: Tensor = self.model.get_encoder()(inputs_embeds=padded, attention_mask=mask).last_hidden_state
         return encoded, mask
 
@@ -219,10 +250,12 @@ class BaseModel:
             take = torch.tensor(rows, device=encoded.device)
             encoded, mask = encoded[take], mask[take]
         lengths = batch.decoder.lengths
-        ids, _ = _pad(batch.decoder.ids, lengths)
-        # Padding stands behind every row, where causal attention never looks: no mask is needed.
+        ids, own = pad(batch.decoder.ids, lengths)
+        # Padding stands behind every row, where causal attention never looks: no mask is needed without prefixes.
+        prefixes = self.grafts.prefixes_of(rows, segments)
+        options = self.behind(prefixes, own) if prefixes else {}
         states = self.model.get_decoder()(
-            input_ids=ids, encoder_hidden_states=encoded, encoder_attention_mask=mask, use_cache=False
+            input_ids=ids, encoder_hidden_states=encoded, encoder_attention_mask=mask, use_cache=False, **options
         ).last_hidden_state
         if segments:
             self._route_targets(batch, segments)
@@ -237,53 +270,9 @@ class BaseModel:
         )
         self.grafts.use_segments(segments, parts, axis=0)
 
-    def _prompt(self, row: int, segments: tuple[Segment, ...]) -> Tensor | None:
-        if segments:
-            name = next(segment.name for segment in segments if segment.start <= row < segment.stop)
-        else:
-            name, part = self.grafts.route.parts[0]
-            assert part == EVERYTHING, "rows of a mixed batch need their segments"
-        return self.grafts.prompts.get(name) if name is not None else None
-
 
 def noisy(embedded: Tensor, lengths: tuple[int, ...], alpha: float) -> Tensor:
     """(T, D) embeddings with uniform noise of alpha / sqrt(length x D) on each row (NEFTune, https://arxiv.org/abs/2310.05914)."""
     spread = torch.tensor([alpha / (length * embedded.shape[1]) ** 0.5 for length in lengths], device=embedded.device)
     each = spread.repeat_interleave(torch.tensor(lengths, device=embedded.device))
     return embedded + (torch.rand_like(embedded) * 2 - 1) * each[:, None].to(embedded.dtype)
-
-
-def _token_parts(segments: tuple[Segment, ...], lengths: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(sum(lengths[: segment.start]), sum(lengths[: segment.stop])) for segment in segments)
-
-
-def _row_parts(segments: tuple[Segment, ...]) -> tuple[slice, ...]:
-    return tuple(slice(segment.start, segment.stop) for segment in segments)
-
-
-def _pad(packed: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """(T, ...) packed rows to (rows, L, ...) with zeros behind, and the (rows, L) mask."""
-    rows = list(packed.split(list(lengths)))
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    places = torch.arange(padded.shape[1], device=packed.device)
-    return padded, (places < torch.tensor(lengths, device=packed.device)[:, None]).long()
-
-
-def _kept_index(lengths: tuple[int, ...], grown: tuple[int, ...], longest: int, device: torch.device) -> Tensor:
-    """For each token of the packed rows, where it stands in the flattened padded ones."""
-    pieces = [
-        torch.arange(more - length, more) + row * longest
-        for row, (length, more) in enumerate(zip(lengths, grown, strict=True))
-    ]
-    return torch.cat(pieces).to(device)
-
-
-def _owner_rows(batch: Batch) -> Tensor:
-    """The decoder row of each target: rows are packed in order, so it follows from the lengths."""
-    assert batch.decoder is not None
-    ends = torch.tensor(batch.decoder.lengths, device=batch.targets.device).cumsum(0)
-    return torch.searchsorted(ends, batch.targets, right=True)
-
-
-def _pad_index(targets: Tensor, starts: Tensor, longest: int, rows: Tensor) -> Tensor:
-    return rows * longest + targets - starts[rows]

@@ -27,13 +27,14 @@ class Packed:
     lengths: tuple[int, ...]  # tokens of each row, branches included; they sum to T
     branches: tuple[tuple[int, ...], ...] = ()  # per row the lengths of its branches; () for none
 
-    def positions(self) -> list[int]:
-        """Position of each token in its row; every branch continues where the shared part ended."""
+    def positions(self, starts: tuple[int, ...] = ()) -> list[int]:
+        """Position of each token in its row, from `starts` (default 0); a branch continues where the shared part ended."""
         positions: list[int] = []
         for row, length in enumerate(self.lengths):
             branches = self.branches[row] if self.branches else ()
-            shared = length - sum(branches)
-            positions.extend(range(shared))
+            first = starts[row] if starts else 0
+            shared = first + length - sum(branches)
+            positions.extend(range(first, shared))
             for branch in branches:
                 positions.extend(range(shared, shared + branch))
         return positions
@@ -78,3 +79,13 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             owners=self.owners.to(device, non_blocking=True),
         )
+
+
+def token_parts(segments: tuple[Segment, ...], lengths: tuple[int, ...]) -> tuple[slice, ...]:
+    """Each segment's slice of the packed tokens."""
+    return tuple(slice(sum(lengths[: segment.start]), sum(lengths[: segment.stop])) for segment in segments)
+
+
+def row_parts(segments: tuple[Segment, ...]) -> tuple[slice, ...]:
+    """Each segment's slice of the rows."""
+    return tuple(slice(segment.start, segment.stop) for segment in segments)

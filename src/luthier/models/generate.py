@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from luthier.models.attention import Packing, RowCache
 from luthier.models.base import BaseModel
 from luthier.models.batch import Packed, Segment
+from luthier.models.padding import pad_left
 
 
 @torch.no_grad()
@@ -46,9 +47,12 @@ def _decode_packed(
     packed = Packed(torch.tensor([token for row in prompts for token in row], device=device), tuple(map(len, prompts)))
     segments: tuple[Segment, ...] = ()
     embedded, lengths, _ = base.embed(packed, segments)
-    cache = RowCache(lengths, new_tokens)
-    positions = torch.tensor(Packed(packed.ids, lengths).positions(), device=device)
-    states = base.run_packed(embedded[None], positions[None], Packing(lengths, cache=cache))[0]
+    prefixes = base.grafts.prefixes_of(range(len(prompts)), segments)
+    cache = RowCache(lengths, new_tokens, prefixes)
+    starts = prefixes.lengths if prefixes else ()
+    positions = torch.tensor(Packed(packed.ids, lengths).positions(starts), device=device)
+    packing = Packing(lengths, cache=cache, prefixes=prefixes)
+    states = base.run_packed(embedded[None], positions[None], packing)[0]
     states = states[torch.tensor(lengths, device=device).cumsum(0) - 1]  # (rows, D), each row's last
     cache.prompts_are_in(device)
     alive = list(range(len(prompts)))
@@ -91,27 +95,27 @@ def _decode_padded(
         "eos_token_id": sorted(stop),
         "pad_token_id": sorted(stop)[0],
     }
+    prefixes = base.grafts.prefixes_of(range(len(prompts)), ())
     if base.encoder_decoder:
         encoded, mask = base.encode(packed, ())
-        from transformers.modeling_outputs import BaseModelOutput
-
+        if prefixes:
+            before = base.behind(prefixes, mask.new_ones(len(prompts), 1))
+            options |= {
+                "past_key_values": before["past_key_values"],
+                "decoder_attention_mask": before["attention_mask"],
+            }
         out = base.model.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded), attention_mask=mask, **options
         )[:, 1:]  # without the decoder's start token
     else:
         embedded, lengths, _ = base.embed(packed, ())
-        padded, mask = _pad_left(embedded, lengths)
+        padded, mask = pad_left(embedded, lengths)
+        if prefixes:
+            before = base.behind(prefixes, mask)
+            options["past_key_values"], mask = before["past_key_values"], before["attention_mask"]
+            # `generate` takes the embeddings of all that the mask covers and skips what the cache holds.
+            padded = torch.cat([padded.new_zeros(len(prompts), max(prefixes.lengths), padded.shape[2]), padded], dim=1)
         out = base.model.generate(inputs_embeds=padded, attention_mask=mask, **options)
     for row, ids in enumerate(out.tolist()):
         end = next((place for place, token in enumerate(ids) if token in stop), len(ids))
         yield row, ids[:end]
-
-
-def _pad_left(embedded: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    longest = max(lengths)
-    padded = embedded.new_zeros(len(lengths), longest, embedded.shape[1])
-    mask = torch.zeros(len(lengths), longest, dtype=torch.long, device=embedded.device)
-    for row, piece in enumerate(embedded.split(list(lengths))):
-        padded[row, longest - len(piece) :] = piece
-        mask[row, longest - len(piece) :] = 1
-    return padded, mask

@@ -1,86 +1,21 @@
 """Grafts: how a tuning reaches into the one frozen base, and how a batch chooses between tunings.
 
-Before                         after two tunings were grafted on the same linear
-  q_proj: Linear                 q_proj: Grafted
-                                   base:   Linear          (the same object, untouched)
-                                   deltas: {a: Delta, b: Delta}
-
-Three kinds of graft stand here: a *module* graft adds to the output of one module,
-``y[s] = f_t(x[s], base(x)[s])``; a *prompt* graft puts vectors before every row; a *substitution*
-swaps whole parameters for the tuning's own. What a tuning owns is what it grafted: freezing,
+Four kinds: a *module* graft changes what one module gives (`grafted.py`); a *prompt* graft puts vectors
+before every row; a *prefix* graft puts keys and values before every row, in every layer (`prefix.py`); a
+*substitution* swaps whole parameters for the tuning's own. What a tuning owns is what it grafted: freezing,
 counting, saving and the optimizer all read `owned`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import Parameter
 
 from luthier.errors import UserError
 from luthier.models.batch import Segment
-
-EVERYTHING = slice(None)
-
-
-class Delta(nn.Module):
-    """What a module graft computes; subclasses implement ``forward(x, y)`` with y = base(x)."""
-
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-        """The base module's fp32 weight, (out, in) for a linear, and bias with this delta folded in; None where no
-        weights of the module give the same outputs.
-        """
-        return None
-
-
-class Route:
-    """Which tunings are active, and which slice of the leading token or row axis each one owns."""
-
-    def __init__(self) -> None:
-        self.parts: tuple[tuple[str | None, slice], ...] = ()
-        self.axis = 1
-
-    def one(self, name: str | None) -> None:
-        """Give every row to one tuning."""
-        self.parts = ((name, EVERYTHING),)
-
-
-class Grafted(nn.Module):
-    """A module of the base with the deltas of the tunings that grafted on it."""
-
-    def __init__(self, base: nn.Module, route: Route):
-        super().__init__()
-        self.base = base
-        self.deltas = nn.ModuleDict()
-        self.route = route
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The base's output with each segment's delta."""
-        y = self.base(x)
-        parts = self.route.parts
-        if len(parts) == 1:
-            name = parts[0][0]
-            delta = self._delta(name)
-            return y if delta is None else delta(x, y)
-        deltas = [self._delta(name) for name, _ in parts]
-        if not any(deltas):
-            return y
-        # Some blocks flatten (rows, L, D) to (rows L, D) inside: there each row takes L places.
-        axis = self.route.axis if x.dim() > 2 else 0
-        stretch = x.shape[axis] // parts[-1][1].stop
-        pieces = []
-        for delta, (_, part) in zip(deltas, parts, strict=True):
-            here = (slice(None),) * axis + (slice(part.start * stretch, part.stop * stretch),)
-            pieces.append(y[here] if delta is None else delta(x[here], y[here]))
-        return torch.cat(pieces, dim=axis)
-
-    def _delta(self, name: str | None) -> nn.Module | None:
-        return self.deltas[name] if name is not None and name in self.deltas else None
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight: some model code asks a linear for its dtype."""
-        return self.base.weight  # type: ignore[return-value]
+from luthier.models.grafted import Delta, Grafted, Route
+from luthier.models.prefix import Prefix, Prefixes
 
 
 class Grafts:
@@ -90,18 +25,23 @@ class Grafts:
         self.model = model
         self.route = Route()
         self.prompts: dict[str, Parameter] = {}  # name -> (P, D)
+        self.prefixes: dict[str, Prefix] = {}
         self.substitutes: dict[str, dict[str, Parameter]] = {}
+        self._where: dict[str, dict[str, Sequence[str]]] = {}
         self.names: list[str] = []
         self._substituted: str | None = None
-        # Where each parameter lives; a tied one lives in several places.
-        self.slots: dict[str, list[tuple[nn.Module, str]]] = {}
+        # Where each parameter lives, by path; a tied one lives in several places and is named by the first.
+        self.slots: dict[str, list[str]] = {}
         self.originals: dict[str, Parameter] = {}
+        self._places: dict[str, tuple[nn.Module, str, Parameter]] = {}
         by_id: dict[int, str] = {}
         for path, module in model.named_modules():
             for key, parameter in module.named_parameters(recurse=False):
-                name = by_id.setdefault(id(parameter), f"{path}.{key}" if path else key)
-                self.slots.setdefault(name, []).append((module, key))
+                place = f"{path}.{key}" if path else key
+                name = by_id.setdefault(id(parameter), place)
+                self.slots.setdefault(name, []).append(place)
                 self.originals[name] = parameter
+                self._places[place] = (module, key, parameter)
         self.modules: dict[str, nn.Module] = {path: module for path, module in model.named_modules() if path}
 
     def claim(self, name: str) -> None:
@@ -126,9 +66,19 @@ class Grafts:
         """Put (P, D) vectors before every row of this tuning (of the encoder, where there is one)."""
         self.prompts[name] = vectors
 
-    def substitute(self, name: str, parameters: Mapping[str, Parameter]) -> None:
-        """Use these parameters in place of the base's while this tuning is active."""
+    def graft_prefix(self, name: str, prefix: Prefix) -> None:
+        """Put keys and values before every row of this tuning (of the decoder, where there is an encoder)."""
+        self.prefixes[name] = prefix
+
+    def substitute(
+        self, name: str, parameters: Mapping[str, Parameter], places: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        """Use these parameters in place of the base's while this tuning is active.
+
+        A parameter stands in all places of the base's one by its name, or where `places` says.
+        """
         self.substitutes[name] = dict(parameters)
+        self._where[name] = {key: (places or {}).get(key) or self.slots[key] for key in parameters}
 
     def owned(self, name: str) -> dict[str, Parameter]:
         """Everything the tuning `name` trains and saves, by a stable key."""
@@ -140,6 +90,8 @@ class Grafts:
                     parameters[f"{path}.{key}"] = parameter
         if name in self.prompts:
             parameters["prompt_embeddings"] = self.prompts[name]
+        if name in self.prefixes:
+            parameters.update(self.prefixes[name].named_parameters())
         parameters.update(self.substitutes.get(name, {}))
         return parameters
 
@@ -163,6 +115,32 @@ class Grafts:
         self.route.parts = tuple((segment.name, part) for segment, part in zip(segments, parts, strict=True))
         self.route.axis = axis
 
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """The base without any tuning; what was in use before is so again afterwards."""
+        parts, axis, substituted = self.route.parts, self.route.axis, self._substituted
+        self.use(None)
+        try:
+            yield
+        finally:
+            self.route.parts, self.route.axis = parts, axis
+            self._place(substituted)
+
+    def name_of(self, row: int, segments: tuple[Segment, ...]) -> str | None:
+        """The tuning that a row of a batch belongs to."""
+        if segments:
+            return next(segment.name for segment in segments if segment.start <= row < segment.stop)
+        assert len(self.route.parts) == 1, "rows of a mixed batch need their segments"
+        return self.route.parts[0][0]
+
+    def prefixes_of(self, rows: Sequence[int], segments: tuple[Segment, ...]) -> Prefixes | None:
+        """The prefixes of these rows; None where no row has one."""
+        if not self.prefixes:
+            return None
+        names = [self.name_of(row, segments) for row in rows]
+        states = {name: self.prefixes[name]() for name in set(names) if name in self.prefixes}
+        return Prefixes(tuple(states.get(name or "") for name in names)) if states else None
+
     def remove(self, name: str) -> None:
         """Take a tuning away; the base is bit for bit what it was."""
         self._known(name)
@@ -175,21 +153,25 @@ class Grafts:
                 parent, _, key = path.rpartition(".")
                 setattr(self.modules[parent] if parent else self.model, key, grafted.base)
         self.prompts.pop(name, None)
+        self.prefixes.pop(name, None)
         self.substitutes.pop(name, None)
+        self._where.pop(name, None)
         self.names.remove(name)
 
     def _place(self, name: str | None) -> None:
         if self._substituted == name:
             return
-        for key in self.substitutes.get(self._substituted or "", {}):
-            self._point(key, self.originals[key])
-        for key, parameter in self.substitutes.get(name or "", {}).items():
-            self._point(key, parameter)
+        for places in self._where.get(self._substituted or "", {}).values():
+            for place in places:
+                self._point(place, self._places[place][2])
+        for key, places in self._where.get(name or "", {}).items():
+            for place in places:
+                self._point(place, self.substitutes[name or ""][key])
         self._substituted = name
 
-    def _point(self, name: str, parameter: Parameter) -> None:
-        for module, key in self.slots[name]:
-            module._parameters[key] = parameter
+    def _point(self, place: str, parameter: Parameter) -> None:
+        module, key, _ = self._places[place]
+        module._parameters[key] = parameter
 
     def _grafted(self) -> list[tuple[str, Grafted]]:
         found = []

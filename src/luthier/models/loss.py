@@ -30,11 +30,17 @@ def label_scores(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probability (nats) of each label, and whether it was the most probable token: both (N,)."""
     states = base.target_states(batch)
     scores, hits = [], []
-    for chunk, labels in zip(states.split(CHUNK), batch.labels.split(CHUNK), strict=True):
+    size = _chunk(base, len(batch.labels))
+    for chunk, labels in zip(states.split(size), batch.labels.split(size), strict=True):
         logits = base.logits(chunk).float()
         scores.append(-F.cross_entropy(logits, labels, reduction="none"))
         hits.append(logits.argmax(-1) == labels)
     return torch.cat(scores), torch.cat(hits)
+
+
+def _chunk(base: BaseModel, targets: int) -> int:
+    """How many targets the head is applied to at once: mixed batches route it by target, so there to all."""
+    return CHUNK if len(base.grafts.route.parts) == 1 else max(1, targets)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -45,8 +51,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, states: Tensor, labels: Tensor, base: BaseModel, smoothing: float, *weights: Tensor
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=states.device)
-        # (mixed batches route the head by target, so there it is applied whole)
-        size = CHUNK if len(base.grafts.route.parts) == 1 else max(1, len(labels))
+        size = _chunk(base, len(labels))
         into_states = []
         into_weights = [torch.zeros_like(weight) for weight in weights]
         wanted = states.requires_grad or bool(weights)

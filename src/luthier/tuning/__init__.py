@@ -1,18 +1,26 @@
 """One file per method. `METHODS` names them; everything generic reads the contract in `method.py`."""
 
+from luthier.tuning.bottleneck import Bottleneck
 from luthier.tuning.full import Full
+from luthier.tuning.ia3 import IA3
 from luthier.tuning.lora import LoRA
 from luthier.tuning.method import Method, Prompting, attach, detach, parameters
+from luthier.tuning.prefix_tuning import PrefixTuning
 from luthier.tuning.prompt_tuning import PromptTuning
 from luthier.tuning.prompting import FewShot, ZeroShot
+from luthier.tuning.selective import Selective
 
 METHODS: dict[str, type[Method] | type[Prompting]] = {
     "zero_shot": ZeroShot,
     "few_shot": FewShot,
     "full": Full,
+    "selective": Selective,
     "lora": LoRA,
+    "bottleneck": Bottleneck,
     "prompt_tuning": PromptTuning,
+    "prefix_tuning": PrefixTuning,
+    "ia3": IA3,
 }
 
-__all__ = ["METHODS", "FewShot", "Full", "LoRA", "Method", "PromptTuning", "Prompting", "ZeroShot"]
-__all__ += ["attach", "detach", "parameters"]
+__all__ = ["IA3", "METHODS", "Bottleneck", "FewShot", "Full", "LoRA", "Method", "PrefixTuning", "PromptTuning"]
+__all__ += ["Prompting", "Selective", "ZeroShot", "attach", "detach", "parameters"]

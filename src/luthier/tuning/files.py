@@ -5,12 +5,13 @@ Weights are safetensors only.
 """
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -18,35 +19,37 @@ from luthier.errors import UserError
 from luthier.models.base import BaseModel
 from luthier.tuning import METHODS
 from luthier.tuning.method import Method, attach, detach, parameters
+from luthier.tuning.peft import task_type
 
+PEFT_TYPES = {kind.peft_type: kind for kind in METHODS.values() if hasattr(kind, "peft_type")}
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "luthier.json"
 
 
 def pack(base: BaseModel, name: str) -> dict[str, bytes]:
     """The files of an attached tuning, by name, as bytes."""
     method: Method = base.methods[name]
-    owned = {key: parameter.detach().cpu().contiguous() for key, parameter in parameters(base, name).items()}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in method.to_file(base, name).items()}
     card = {
         "luthier": 1,
-        "settings": asdict(method),  # type: ignore[call-overload]
+        "settings": asdict(method.saved()),  # type: ignore[call-overload]
         "base": {"model": base.spec.model, "family": base.family, "fingerprint": base.fingerprint()},
-        "parameters": sum(tensor.numel() for tensor in owned.values()),
+        "parameters": sum(parameter.numel() for parameter in parameters(base, name).values()),
     }
-    files = {
-        WEIGHTS: save(method.to_file(base, owned), metadata={"format": "pt"}),
-        CARD: _json(card),
-    }
+    files = {WEIGHTS: save(tensors, metadata={"format": "pt"}), CARD: _json(card)}
     if config := method.peft_config(base, name):
         files[CONFIG] = _json(config)
     return files
 
 
 def load_tuning(base: BaseModel, folder: Path, name: str) -> None:
-    """Attach the tuning saved in `folder` under `name`.
+    """Attach the tuning saved in `folder` under `name`; a folder that PEFT wrote is read too.
 
     Raises UserError for a folder that is none, another base, a damaged file, and for missing, extra or
     misshapen tensors (all of them at once); the base is then as before.
     """
+    if not (folder / CARD).is_file() and (folder / CONFIG).is_file():
+        load_peft(base, folder, name)
+        return
     card = _read_card(folder)
     here, there = base.fingerprint(), card["base"]["fingerprint"]
     if here != there:
@@ -57,7 +60,40 @@ def load_tuning(base: BaseModel, folder: Path, name: str) -> None:
     kind = METHODS.get(card["settings"].get("method"))
     if kind is None:
         raise UserError(f"{folder / CARD} names the unknown method {card['settings'].get('method')!r}.")
-    method: Any = TypeAdapter(kind).validate_python(card["settings"])
+    try:
+        method: Any = TypeAdapter(kind).validate_python(card["settings"])
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise UserError(f"{folder / CARD} holds settings that {kind.__name__} does not have: {said}.") from None
+    _attach_filled(base, folder, name, method)
+
+
+def load_peft(base: BaseModel, folder: Path, name: str) -> None:
+    """Attach the adapter that PEFT saved in `folder` under `name`.
+
+    PEFT's files do not say which base they were trained on: what can be checked is task, names and shapes.
+    Raises UserError as `load_tuning` does, and for an adapter that uses what Luthier does not have.
+    """
+    config = _read_json(folder / CONFIG)
+    kind: Any = PEFT_TYPES.get(str(config.get("peft_type")))
+    if kind is None:
+        raise UserError(
+            f"{folder / CONFIG} is of the type {config.get('peft_type')!r}; Luthier reads {', '.join(sorted(PEFT_TYPES))}."
+        )
+    if config.get("task_type") not in (None, task_type(base)):
+        raise UserError(
+            f"{folder / CONFIG} is for {config['task_type']}; this {base.family} base is {task_type(base)}."
+        )
+    try:
+        method: Any = kind.from_peft(base, config)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
+    except (KeyError, TypeError, ValueError, re.error) as error:
+        raise UserError(f"{folder / CONFIG} is damaged: {error!r}.") from None
+    _attach_filled(base, folder, name, method)
+
+
+def _attach_filled(base: BaseModel, folder: Path, name: str, method: Any) -> None:
     tensors = method.from_file(base, _read_weights(folder / WEIGHTS))
     attach(base, name, method)
     try:
@@ -76,6 +112,11 @@ def copy_into(owned: dict[str, Any], tensors: dict[str, torch.Tensor], where: st
         for key, parameter in owned.items()
         if key in tensors and tensors[key].shape != parameter.shape
     ]
+    wrong += [
+        f"{key} holds {tensors[key].dtype}, no numbers to train".replace("torch.", "")
+        for key in owned
+        if key in tensors and not tensors[key].is_floating_point()
+    ]
     if wrong:
         raise UserError(f"{where} does not fit the tuning it claims to be: {'; '.join(wrong)}.")
     with torch.no_grad():
@@ -84,20 +125,36 @@ def copy_into(owned: dict[str, Any], tensors: dict[str, torch.Tensor], where: st
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
+    if not (folder / CARD).is_file():
+        raise UserError(f"{folder} holds no tuning: neither {CARD} nor PEFT's {CONFIG} is there.")
+    card = _read_json(folder / CARD)
     try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         _ = card["base"]["fingerprint"], card["base"]["model"], card["settings"]["method"]
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no tuning: {CARD} is not there.") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{folder / CARD} is damaged: {error}.") from None
     return card
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no named keys.")
+    return content
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
+        pickled = [one.name for ending in ("*.bin", "*.pt", "*.pth") for one in sorted(path.parent.glob(ending))]
+        if pickled:
+            raise UserError(
+                f"{path} is not there, only {', '.join(pickled)}: pickled weights can run any code when they are read, so "
+                "they are refused. Save the adapter again as safetensors."
+            ) from None
         raise UserError(f"{path} is not there.") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: {error}.") from None

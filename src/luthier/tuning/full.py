@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch.nn import Parameter
 
 from luthier.models.base import BaseModel
-from luthier.tuning.method import Defaults
+from luthier.tuning.copies import copies_of
+from luthier.tuning.method import Defaults, Law, Laws
 
 
 @dataclass(frozen=True)
@@ -22,26 +22,34 @@ class Full:
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
     defaults: ClassVar[Defaults] = Defaults(learning_rate=5e-5)
+    laws: ClassVar[Laws] = Laws(
+        identity_at_start=Law(True, "the copies are equal to the originals"),
+        merge=Law(False, "its weights stand in the base's place already; there is nothing to fold in"),
+        mixed_batches=Law(False, "it replaces whole weights, for every row of a batch"),
+    )
 
     method: Literal["full"] = "full"
 
     def attach(self, base: BaseModel, name: str, generator: torch.Generator) -> None:
         """Substitute a trainable copy for every parameter: the output is the base's until trained."""
-        base.grafts.substitute(
-            name, {key: Parameter(original.detach().clone()) for key, original in base.grafts.originals.items()}
-        )
+        every = [place for places in base.grafts.slots.values() for place in places]
+        base.grafts.substitute(name, *copies_of(base, set(every), untie=False))
 
     def virtual_tokens(self) -> int:
         """None."""
         return 0
 
+    def saved(self) -> "Full":
+        """Itself."""
+        return self
+
     def peft_config(self, base: BaseModel, name: str) -> None:
         """PEFT has no full fine-tuning."""
         return None
 
-    def to_file(self, base: BaseModel, owned: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def to_file(self, base: BaseModel, name: str) -> dict[str, torch.Tensor]:
         """The model's own parameter names."""
-        return dict(owned)
+        return dict(base.grafts.owned(name))
 
     def from_file(self, base: BaseModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The model's own parameter names."""

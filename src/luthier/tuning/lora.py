@@ -1,115 +1,183 @@
 """LoRA: low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
-    y = W x + (alpha / r) B A x        A: (r, in), B: (out, r)
+    y = W x + s B A x        A: (r, in), B: (out, r), s = alpha / r
 
 A starts Kaiming-uniform and B at zero, so a fresh LoRA changes nothing. Only A and B are trained:
-r (in + out) numbers for each target of in x out.
+r (in + out) numbers for each target of in x out. rsLoRA (https://arxiv.org/abs/2312.03732) scales by
+s = alpha / sqrt(r); DoRA is in `dora.py`, LoRA on an embedding in `lora_embedding.py`.
 
     q_proj: Linear   ->   q_proj: Grafted(base=Linear, deltas={name: LowRank(A, B)})
 """
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from luthier.errors import UserError
 from luthier.models.base import BaseModel
-from luthier.models.grafts import Delta
-from luthier.tuning.method import Defaults, match_modules
+from luthier.models.grafted import Delta
+from luthier.tuning import peft
+from luthier.tuning.copies import copies_of_modules
+from luthier.tuning.dora import DoRA, DoRAEmbedding
+from luthier.tuning.lora_embedding import LowRankEmbedding
+from luthier.tuning.low_rank import LowRank, features
+from luthier.tuning.method import Defaults, Law, Laws
+from luthier.tuning.targets import LINEAR, match_modules
 
-_PEFT_PREFIX = "base_model.model."
-
-
-class LowRank(Delta):
-    """The product B A beside one linear: y + scale * B(A x), computed in the precision of x."""
-
-    def __init__(self, features: tuple[int, int], rank: int, scale: float, dropout: float, generator: torch.Generator):
-        super().__init__()
-        inputs, outputs = features
-        self.lora_A = nn.Linear(inputs, rank, bias=False)
-        self.lora_B = nn.Linear(rank, outputs, bias=False)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5), generator=generator)
-        nn.init.zeros_(self.lora_B.weight)
-        self.scale = scale
-        self.dropout = dropout
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: (..., in), y: (..., out), the base's output for x."""
-        if self.dropout and torch.is_grad_enabled():
-            x = F.dropout(x, self.dropout)
-        # The small matrices are cast to the activations' precision, never the other way round.
-        low = F.linear(x, self.lora_A.weight.to(x.dtype))
-        return y + F.linear(low, (self.lora_B.weight * self.scale).to(x.dtype))
-
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """W + scale * B A."""
-        return weight + self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float(), bias
+# PEFT's ways to start that leave the base's weights as they are; others (pissa, loftq ...) change them.
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """Train a product of two thin matrices beside each target linear.
+    """Train a product of two thin matrices beside each target.
 
-    `targets` is `all-linear` (every linear but the output head), a shell pattern, a regular expression
-    over whole module paths, a last name, or a list of these. The product is scaled by alpha / rank.
+    `targets` is `all-linear` (every linear but the output head), `attention`, `embeddings`, a shell pattern, a
+    regular expression over whole module paths, the end of a path (`q_proj`), or a list of these; `layers` keeps the
+    targets in these blocks only (-1 is the last). The product is scaled by alpha / rank, with `rslora` by
+    alpha / sqrt(rank). `rank_pattern` and `alpha_pattern` give other values to modules whose path ends so.
+    `dora` trains each output's magnitude apart from its direction. `modules_to_save` names modules that are trained
+    whole beside; one tied to another needs `untie`.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
     defaults: ClassVar[Defaults] = Defaults(learning_rate=1e-3)
+    peft_type: ClassVar[str] = "LORA"
 
     method: Literal["lora"] = "lora"
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     targets: str | list[str] = "all-linear"
+    layers: list[int] | None = None
+    rslora: bool = False
+    dora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] = field(default_factory=list)
+    untie: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}; it must be at least 1")
+        for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
+            if rank < 1:
+                raise ValueError(f"{where} is {rank}; it must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
+    @property
+    def laws(self) -> Laws:
+        """Which laws hold."""
+        mixes = Law(True, "it adds to the outputs of its own rows only")
+        if self.modules_to_save:
+            mixes = Law(False, "modules_to_save replaces whole weights, for every row of a batch")
+        return Laws(Law(True, "B is zero"), Law(True, "W + s B A is a matrix of W's shape"), mixes)
+
     def attach(self, base: BaseModel, name: str, generator: torch.Generator) -> None:
-        """Graft a LowRank on every target."""
-        for path, module in match_modules(base, self.targets, (nn.Linear, Conv1D)).items():
-            delta = LowRank(features(module), self.rank, self.alpha / self.rank, self.dropout, generator)
-            base.grafts.graft_module(path, name, delta.to(base.device))
+        """Graft a low-rank delta on every target."""
+        targets = self._targets(base)
+        for one in (*self.rank_pattern, *self.alpha_pattern):
+            if not any(_ends(path, one) for path in targets):
+                raise UserError(f"The rank or alpha pattern {one!r} matches none of the {len(targets)} targets.")
+        for path, module in targets.items():
+            rank, alpha = _pick(self.rank_pattern, path, self.rank), _pick(self.alpha_pattern, path, self.alpha)
+            drawn = (rank, alpha / (math.sqrt(rank) if self.rslora else rank), self.dropout, generator)
+            where = base.device
+            delta: Delta
+            if isinstance(module, nn.Embedding):
+                delta = DoRAEmbedding(module, *drawn, where) if self.dora else LowRankEmbedding(module, *drawn)
+            else:
+                delta = DoRA(module, *drawn, where) if self.dora else LowRank(features(module), *drawn)
+            base.grafts.graft_module(path, name, delta.to(where))
+        if self.modules_to_save:
+            base.grafts.substitute(name, *copies_of_modules(base, self.modules_to_save, self.untie))
+
+    def _targets(self, base: BaseModel) -> dict[str, nn.Module]:
+        return match_modules(base, self.targets, (*LINEAR, nn.Embedding), self.layers)
 
     def virtual_tokens(self) -> int:
         """None."""
         return 0
 
+    def saved(self) -> "LoRA":
+        """Itself."""
+        return self
+
     def peft_config(self, base: BaseModel, name: str) -> dict[str, Any]:
         """A PEFT LoraConfig."""
-        paths = match_modules(base, self.targets, (nn.Linear, Conv1D))
-        return {
-            "peft_type": "LORA",
-            "task_type": "SEQ_2_SEQ_LM" if base.encoder_decoder else "CAUSAL_LM",
-            "base_model_name_or_path": base.spec.model,
+        targets = self._targets(base)
+        return peft.header(base, self.peft_type) | {
             "r": self.rank,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
-            "target_modules": sorted(paths),
-            "fan_in_fan_out": any(isinstance(module, Conv1D) for module in paths.values()),
+            "target_modules": sorted(targets),
+            "fan_in_fan_out": any(isinstance(module, Conv1D) for module in targets.values()),
             "bias": "none",
-            "inference_mode": True,
+            "use_rslora": self.rslora,
+            "use_dora": self.dora,
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+            "modules_to_save": self.modules_to_save or None,
         }
 
-    def to_file(self, base: BaseModel, owned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    @classmethod
+    def from_peft(cls, base: BaseModel, config: Mapping[str, Any]) -> "LoRA":
+        """The LoRA that a PEFT LoraConfig describes; raises UserError for what it cannot be."""
+        starts = config.get("init_lora_weights", True)
+        if starts not in _PLAIN_STARTS:
+            raise UserError(f"init_lora_weights {starts!r} changed the base's own weights, which are not in the file.")
+        known = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"}
+        known |= {"layers_pattern", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"}
+        known |= {"init_lora_weights", "loftq_config", "eva_config"} | (
+            {"bias"} if config.get("bias") == "none" else set()
+        )
+        peft.refuse_others(config, known)
+        targets = peft.chosen_modules(base, config, (*LINEAR, nn.Embedding))
+        whole = config.get("modules_to_save") or []
+        targets = [path for path in targets if not any(re.match(rf"(^|.*\.){one}($|\..*)", path) for one in whole)]
+
+        def met(key: str) -> dict[str, Any]:  # PEFT lets patterns be that no target meets
+            given = config.get(key) or {}
+            return {one: value for one, value in given.items() if any(_ends(path, one) for path in targets)}
+
+        return cls(
+            rank=config["r"],
+            alpha=config["lora_alpha"],
+            dropout=config.get("lora_dropout", 0.0),
+            targets=targets,
+            rslora=bool(config.get("use_rslora")),
+            dora=bool(config.get("use_dora")),
+            modules_to_save=list(whole),
+            untie=bool(whole),
+            rank_pattern=met("rank_pattern"),
+            alpha_pattern=met("alpha_pattern"),
+        )
+
+    def to_file(self, base: BaseModel, name: str) -> dict[str, Tensor]:
         """PEFT's keys."""
-        return {_PEFT_PREFIX + key: tensor for key, tensor in owned.items()}
+        return {peft.PREFIX + key: tensor for key, tensor in base.grafts.owned(name).items()}
 
     def from_file(self, base: BaseModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From PEFT's keys."""
-        return {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+        """From PEFT's keys; the base's embeddings, which PEFT may add, are left out where they are this base's."""
+        found = {}
+        for key, tensor in tensors.items():
+            own = key.removeprefix(peft.PREFIX)
+            theirs = base.grafts.originals.get(own.replace(".base_layer.", "."))
+            if ".base_layer." in own and theirs is not None and torch.equal(tensor.to(theirs), theirs):
+                continue
+            found[own] = tensor
+        return found
 
 
-def features(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear; GPT-2's Conv1D stores its weight the other way round."""
-    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
-    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)  # type: ignore[return-value]
+def _ends(path: str, pattern: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def _pick(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that a path ends with, as in PEFT."""
+    return next((value for one, value in patterns.items() if _ends(path, one)), default)

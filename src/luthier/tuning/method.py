@@ -4,17 +4,13 @@ A method is a frozen dataclass; its fields are the recipe's keys. It says how to
 base; what it owns, how it is counted, saved, loaded and removed follows from the grafts.
 """
 
-import fnmatch
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
 from torch.nn import Parameter
 
-from luthier.errors import UserError, nearest
 from luthier.models.base import BaseModel
 
 
@@ -26,11 +22,38 @@ class Defaults:
     weight_decay: float = 0.0
 
 
+@dataclass(frozen=True)
+class Law:
+    """Whether a law holds for a method, and why (not)."""
+
+    holds: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Laws:
+    """The laws that hold for some methods only; the law suite tests each where it holds.
+
+    For all methods: only what is owned moves, detaching restores the base's bits, saving and loading restore the
+    tuning's, a row does not depend on its neighbours, micro-batches are one batch, the count follows a formula.
+    """
+
+    identity_at_start: Law  # a fresh one gives the base's bits
+    merge: Law  # its outputs are those of the base with other weights
+    mixed_batches: Law  # its rows may share a batch with rows of other tunings
+
+
 @runtime_checkable
 class Method(Protocol):
     """How a base is adapted by training something."""
 
-    defaults: ClassVar[Defaults]
+    @property
+    def defaults(self) -> Defaults:
+        """Training settings that suit it."""
+
+    @property
+    def laws(self) -> Laws:
+        """Which laws hold for it, and why."""
 
     @property
     def method(self) -> str:
@@ -42,14 +65,17 @@ class Method(Protocol):
     def virtual_tokens(self) -> int:
         """Positions the method takes in front of every row."""
 
+    def saved(self) -> "Method":
+        """The method that its file holds: itself, unless training needs more than use does."""
+
     def peft_config(self, base: BaseModel, name: str) -> dict[str, Any] | None:
         """The adapter_config.json PEFT reads, or None where PEFT has no such method."""
 
-    def to_file(self, base: BaseModel, owned: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Owned tensors by the key they have in the file."""
+    def to_file(self, base: BaseModel, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of the attached tuning `name`, by the key they have in the file."""
 
     def from_file(self, base: BaseModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The inverse of `to_file`."""
+        """A file's tensors by the key of the parameter they belong to."""
 
 
 @runtime_checkable
@@ -84,40 +110,3 @@ def detach(base: BaseModel, name: str) -> None:
 def parameters(base: BaseModel, name: str) -> dict[str, Parameter]:
     """What the tuning owns, by a stable key: the one list that training, counting and saving read."""
     return base.grafts.owned(name)
-
-
-def match_modules(
-    base: BaseModel, pattern: str | list[str], kinds: tuple[type[nn.Module], ...]
-) -> dict[str, nn.Module]:
-    """Modules of the base that a target pattern means, by path.
-
-    `all-linear` is every linear but the output head; otherwise a pattern is a shell pattern (``*.q_proj``),
-    a regular expression that matches the whole path, or a module's last name (``q_proj``).
-    Raises UserError for a pattern that matches nothing, naming near misses.
-    """
-    candidates = {path: module for path, module in base.grafts.modules.items() if isinstance(module, kinds)}
-    head = base.model.get_output_embeddings()
-    inner = {path: module for path, module in candidates.items() if module is not getattr(head, "base", head)}
-    if pattern == "all-linear":
-        return inner
-    chosen: dict[str, nn.Module] = {}
-    for one in [pattern] if isinstance(pattern, str) else pattern:
-        found = {path: module for path, module in candidates.items() if _matches(one, path)}
-        if not found:
-            endings = {path.rpartition(".")[2] for path in candidates}
-            raise UserError(
-                f"The target pattern {one!r} matches no module of this {base.family} model. "
-                f"{nearest(one, endings)} Its linear modules end in: {', '.join(sorted(endings))}; "
-                "`all-linear` takes them all but the output head."
-            )
-        chosen.update(found)
-    return chosen
-
-
-def _matches(pattern: str, path: str) -> bool:
-    if path.rpartition(".")[2] == pattern or fnmatch.fnmatchcase(path, pattern):
-        return True
-    try:
-        return re.fullmatch(pattern, path) is not None
-    except re.error:
-        return False

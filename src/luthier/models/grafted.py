@@ -1,0 +1,93 @@
+"""A module of the base with the deltas that tunings grafted on it.
+
+Before                         after two tunings were grafted on the same linear
+  q_proj: Linear                 q_proj: Grafted
+                                   base:   Linear          (the same object, untouched)
+                                   deltas: {a: Delta, b: Delta}
+
+    y[s] = f_t(x[s], base(e_t(x))[s])       for each segment s of rows and its tuning t
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+EVERYTHING = slice(None)
+
+
+class Delta(nn.Module):
+    """What a module graft computes; subclasses implement ``forward(x, y)`` with y = base(x)."""
+
+    # Whether the base module reads `enter(x)` in place of x.
+    changes_input: ClassVar[bool] = False
+
+    def enter(self, x: Tensor) -> Tensor:
+        """What the base module reads in place of x."""
+        return x
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """The base module's fp32 weight, (out, in) for a linear and (vocabulary, D) for an embedding, and bias with this
+        delta folded in; None where no weights of the module give the same outputs.
+        """
+        return None
+
+
+class Route:
+    """Which tunings are active, and which slice of the leading token or row axis each one owns."""
+
+    def __init__(self) -> None:
+        self.parts: tuple[tuple[str | None, slice], ...] = ()
+        self.axis = 1
+
+    def one(self, name: str | None) -> None:
+        """Give every row to one tuning."""
+        self.parts = ((name, EVERYTHING),)
+
+
+class Grafted(nn.Module):
+    """A module of the base with the deltas of the tunings that grafted on it."""
+
+    def __init__(self, base: nn.Module, route: Route):
+        super().__init__()
+        self.base = base
+        self.deltas = nn.ModuleDict()
+        self.route = route
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base's output with each segment's delta."""
+        parts = self.route.parts
+        if len(parts) == 1:
+            delta = self._delta(parts[0][0])
+            if delta is None:
+                return self.base(x)
+            y = self.base(delta.enter(x) if delta.changes_input else x)
+            return delta(x, y)
+        deltas = [self._delta(name) for name, _ in parts]
+        if not any(delta is not None for delta in deltas):
+            return self.base(x)
+        # Some blocks flatten (rows, L, D) to (rows L, D) inside: there each row takes L places.
+        axis = self.route.axis if x.dim() > 2 else 0
+        stretch = x.shape[axis] // parts[-1][1].stop
+        places = [(slice(None),) * axis + (slice(part.start * stretch, part.stop * stretch),) for _, part in parts]
+        pairs = list(zip(deltas, places, strict=True))
+        entered = x
+        if any(delta is not None and delta.changes_input for delta in deltas):
+            entered = torch.cat([x[here] if delta is None else delta.enter(x[here]) for delta, here in pairs], dim=axis)
+        y = self.base(entered)
+        return torch.cat([y[here] if delta is None else delta(x[here], y[here]) for delta, here in pairs], dim=axis)
+
+    def _delta(self, name: str | None) -> Delta | None:
+        return self.deltas[name] if name is not None and name in self.deltas else None  # type: ignore[return-value]
+
+    def active_parameters(self) -> list[Parameter]:
+        """The parameters that the tunings now in use own here, and the base's own."""
+        names = [name for name, _ in self.route.parts if name is not None and name in self.deltas]
+        own = [parameter for name in names for parameter in self.deltas[name].parameters()]
+        return [*own, *self.base.parameters()]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight: some model code asks a linear for its dtype."""
+        return self.base.weight  # type: ignore[return-value]

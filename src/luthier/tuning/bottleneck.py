@@ -1,0 +1,119 @@
+"""Bottleneck adapters: a small network behind a sub-layer, around it a residual.
+
+    h' = h + W_up f(W_down h + b_down) + b_up        W_down: (m, D), W_up: (D, m), m = D / reduction
+
+`houlsby` (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751) adapts the outputs of attention and MLP, before their
+residual sums; `pfeiffer` (Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247) the MLP's only; `parallel` (He et al.
+2022, https://arxiv.org/abs/2110.04366) reads the MLP's input h and adds to its output. W_up and b_up start at zero, so
+a fresh one changes nothing.
+
+    down_proj: Linear   ->   down_proj: Grafted(base=Linear, deltas={name: Adapter(W_down, W_up)})
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luthier.errors import UserError
+from luthier.models.base import BaseModel
+from luthier.models.grafted import Delta
+from luthier.models.parts import layout, matching
+from luthier.tuning.method import Defaults, Law, Laws
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class Adapter(Delta):
+    """y + W_up f(W_down h), h = y behind the sub-layer and h = x beside it; computed in the precision of h."""
+
+    def __init__(self, width: int, inner: int, activation: str, parallel: bool, generator: torch.Generator):
+        super().__init__()
+        self.adapter_down = nn.Linear(width, inner)
+        self.adapter_up = nn.Linear(inner, width)
+        nn.init.normal_(self.adapter_down.weight, std=width**-0.5, generator=generator)
+        for zero in (self.adapter_down.bias, self.adapter_up.weight, self.adapter_up.bias):
+            nn.init.zeros_(zero)
+        self.activation = ACTIVATIONS[activation]
+        self.parallel = parallel
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: (..., in), y: (..., D), the base's output for x."""
+        h = x if self.parallel else y
+        down, up = self.adapter_down, self.adapter_up
+        inner = self.activation(F.linear(h, down.weight.to(h.dtype), down.bias.to(h.dtype)))
+        return y + F.linear(inner, up.weight.to(h.dtype), up.bias.to(h.dtype))
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """Train small networks behind (`houlsby`, `pfeiffer`) or beside (`parallel`) the sub-layers of every block.
+
+    The inner width is the model's width divided by `reduction`, at least 1.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+    defaults: ClassVar[Defaults] = Defaults(learning_rate=1e-3)
+    laws: ClassVar[Laws] = Laws(
+        identity_at_start=Law(True, "W_up and b_up are zero"),
+        merge=Law(False, "f is not linear, so no weights of the base give the same outputs"),
+        mixed_batches=Law(True, "it adds to the outputs of its own rows only"),
+    )
+
+    method: Literal["bottleneck"] = "bottleneck"
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
+    reduction: int = 16
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+
+    def __post_init__(self) -> None:
+        if self.reduction < 1:
+            raise ValueError(f"reduction is {self.reduction}; it must be at least 1")
+
+    def attach(self, base: BaseModel, name: str, generator: torch.Generator) -> None:
+        """Graft a network on every sub-layer."""
+        inner = max(1, base.width // self.reduction)
+        for path in self._sublayers(base):
+            delta = Adapter(base.width, inner, self.activation, self.placement == "parallel", generator)
+            base.grafts.graft_module(path, name, delta.to(base.device))
+
+    def _sublayers(self, base: BaseModel) -> list[str]:
+        where = layout(base)
+        if self.placement == "parallel" and not where.mlp:
+            raise UserError(
+                f"The MLP of this {base.family} model is no module of its own, so nothing can stand beside it. "
+                "Use placement: pfeiffer or houlsby."
+            )
+        patterns = {
+            "houlsby": [where.attention_output, where.mlp_output],
+            "pfeiffer": [where.mlp_output],
+            "parallel": [where.mlp],
+        }
+        return [path for pattern in patterns[self.placement] for path in matching(base, pattern)]
+
+    def virtual_tokens(self) -> int:
+        """None."""
+        return 0
+
+    def saved(self) -> "Bottleneck":
+        """Itself."""
+        return self
+
+    def peft_config(self, base: BaseModel, name: str) -> None:
+        """PEFT has no bottleneck adapters."""
+        return None
+
+    def to_file(self, base: BaseModel, name: str) -> dict[str, Tensor]:
+        """Module path, then adapter_down or adapter_up, then weight or bias."""
+        return dict(base.grafts.owned(name))
+
+    def from_file(self, base: BaseModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same names."""
+        return dict(tensors)

@@ -1,0 +1,154 @@
+"""IA3: infused adapter by inhibiting and amplifying inner activations (Liu et al. 2022, https://arxiv.org/abs/2205.05638).
+
+    k' = l_k * (W_k x),  v' = l_v * (W_v x),  h' = W_out (l_ff * f(W_in x))        l: one number a channel
+
+All l start at 1, so a fresh one changes nothing. Where one linear computes queries, keys and values, all three are
+scaled: scaling queries adds nothing to scaling keys, because only their products count.
+
+    k_proj: Linear      ->   k_proj: Grafted(base=Linear, deltas={name: ScaledOutput(l)})
+    down_proj: Linear   ->   down_proj: Grafted(base=Linear, deltas={name: ScaledInput(l)})
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from transformers.pytorch_utils import Conv1D
+
+from luthier.models.base import BaseModel
+from luthier.models.grafted import Delta
+from luthier.models.parts import layout
+from luthier.tuning import peft
+from luthier.tuning.low_rank import features
+from luthier.tuning.method import Defaults, Law, Laws
+from luthier.tuning.targets import LINEAR, match_modules
+
+
+class ScaledOutput(Delta):
+    """y * l"""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.ia3_l = Parameter(torch.ones(channels))  # (out,)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: (..., in), y: (..., out), the base's output for x."""
+        return y * self.ia3_l.to(y.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """l W and l b: rows of W are outputs."""
+        return weight * self.ia3_l[:, None], None if bias is None else bias * self.ia3_l
+
+
+class ScaledInput(Delta):
+    """W (x * l) + b"""
+
+    changes_input: ClassVar[bool] = True
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.ia3_l = Parameter(torch.ones(channels))  # (in,)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x: (..., in)"""
+        return x * self.ia3_l.to(x.dtype)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y: (..., out), the base's output for the scaled input."""
+        return y
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """W with its columns, which are inputs, scaled."""
+        return weight * self.ia3_l, bias
+
+
+@dataclass(frozen=True)
+class IA3:
+    """Train one factor for each channel of keys, values and the MLP's inner activations.
+
+    `targets` names the modules whose outputs are scaled, `inner` those whose inputs are; `auto` is the keys and values,
+    and the MLP's last linear, of the families known here.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+    # Factors near 1 shared by all positions: they need larger steps than matrices.
+    defaults: ClassVar[Defaults] = Defaults(learning_rate=1e-2)
+    peft_type: ClassVar[str] = "IA3"
+    laws: ClassVar[Laws] = Laws(
+        identity_at_start=Law(True, "all factors are 1"),
+        merge=Law(True, "a factor of a channel is a factor of a row or column of W"),
+        mixed_batches=Law(True, "it scales the activations of its own rows only"),
+    )
+
+    method: Literal["ia3"] = "ia3"
+    targets: str | list[str] = "auto"
+    inner: str | list[str] = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.targets and not self.inner:
+            raise ValueError("targets and inner are both empty; name modules, or auto")
+
+    def attach(self, base: BaseModel, name: str, generator: torch.Generator) -> None:
+        """Graft factors on every target."""
+        outer, inner = self._targets(base)
+        for path, module in outer.items():
+            base.grafts.graft_module(path, name, ScaledOutput(features(module)[1]).to(base.device))
+        for path, module in inner.items():
+            base.grafts.graft_module(path, name, ScaledInput(features(module)[0]).to(base.device))
+
+    def _targets(self, base: BaseModel) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+        outer = list(layout(base).keys_values) if self.targets == "auto" else self.targets
+        inner = layout(base).mlp_output if self.inner == "auto" else self.inner
+        insides = match_modules(base, inner, LINEAR) if inner else {}
+        outsides = match_modules(base, outer, LINEAR) if outer else {}
+        return {path: module for path, module in outsides.items() if path not in insides}, insides
+
+    def virtual_tokens(self) -> int:
+        """None."""
+        return 0
+
+    def saved(self) -> "IA3":
+        """Itself."""
+        return self
+
+    def peft_config(self, base: BaseModel, name: str) -> dict[str, Any]:
+        """A PEFT IA3Config."""
+        outer, inner = self._targets(base)
+        return peft.header(base, self.peft_type) | {
+            "target_modules": sorted({**outer, **inner}),
+            "feedforward_modules": sorted(inner),
+            "fan_in_fan_out": any(isinstance(module, Conv1D) for module in inner.values()),
+        }
+
+    @classmethod
+    def from_peft(cls, base: BaseModel, config: Mapping[str, Any]) -> "IA3":
+        """The IA3 that a PEFT IA3Config describes."""
+        peft.refuse_others(config, {"target_modules", "exclude_modules", "feedforward_modules", "init_ia3_weights"})
+        every = peft.chosen_modules(base, config, LINEAR)
+        feedforward = config.get("feedforward_modules")
+        inner = set(peft.chosen_modules(base, config, LINEAR, "feedforward_modules")) if feedforward else set()
+        return cls(
+            targets=[path for path in every if path not in inner], inner=[path for path in every if path in inner]
+        )
+
+    def to_file(self, base: BaseModel, name: str) -> dict[str, Tensor]:
+        """PEFT's keys and shapes: (out, 1), and (1, in) where an input is scaled."""
+        _, inner = self._targets(base)
+        owned = base.grafts.owned(name)
+        return {
+            peft.PREFIX + key: tensor[None] if key.removesuffix(".ia3_l") in inner else tensor[:, None]
+            for key, tensor in owned.items()
+        }
+
+    def from_file(self, base: BaseModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From PEFT's keys and shapes."""
+        _, inner = self._targets(base)
+        found = {}
+        for key, tensor in tensors.items():
+            own = key.removeprefix(peft.PREFIX)
+            place = 0 if own.removesuffix(".ia3_l") in inner else 1
+            found[own] = tensor.squeeze(place) if tensor.ndim == 2 and tensor.shape[place] == 1 else tensor
+        return found
