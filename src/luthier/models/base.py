@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from luthier.errors import UserError
 from luthier.models import attention
@@ -17,6 +18,7 @@ from luthier.models.attention import Packing
 from luthier.models.batch import Batch, Packed, Segment
 from luthier.models.grafts import EVERYTHING, Grafts
 from luthier.models.load import BaseSpec, context_length, read_model, read_skeleton, resolve_device, resolve_dtype
+from luthier.models.quantize import quantize_linears
 
 # Families whose rows may share one packed sequence; each passed the leakage test.
 PACKED_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma2"}
@@ -28,8 +30,15 @@ DEFAULT_CONTEXT = 4096
 class BaseModel:
     """A frozen model with its tokenizer and the tunings attached to it."""
 
-    def __init__(self, model: Any, tokenizer: Any, spec: BaseSpec | None = None):
+    def __init__(self, model: Any, tokenizer: Any, spec: BaseSpec | None = None, device: torch.device | None = None):
         self.spec = spec or BaseSpec(model=getattr(model, "name_or_path", "") or "in-memory")
+        self._fingerprint: str | None = None
+        if self.spec.quantize:
+            if not model.get_input_embeddings().weight.is_meta:
+                self._fingerprint = _fingerprint(model)  # of the weights as they were: a tuning fits either storage
+            quantize_linears(model, device or model.device, self.spec.double_quantize)
+        if device is not None:
+            model.to(device)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.config = model.config
@@ -50,7 +59,7 @@ class BaseModel:
         model, tokenizer = read_model(spec, dtype)
         if dtype == torch.float16 and model.config.model_type == "t5":
             raise UserError("T5 overflows in float16: use dtype bfloat16 or float32.")
-        return cls(model.to(device), tokenizer, spec)
+        return cls(model, tokenizer, spec, device)
 
     @classmethod
     def skeleton(cls, spec: BaseSpec) -> "BaseModel":
@@ -99,13 +108,8 @@ class BaseModel:
         return int(self.config.decoder_start_token_id)
 
     def fingerprint(self) -> str:
-        """16 hex digits of the architecture and of samples of every weight, the same in any precision."""
-        digest = hashlib.sha256(f"{self.family} {self.blocks} {self.width}".encode())
-        for name, parameter in sorted(self.grafts.originals.items()):
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
-            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """16 hex digits of the architecture and of samples of every weight, the same in any precision and in 4 bits."""
+        return self._fingerprint or _fingerprint(self.model, self.grafts.originals)
 
     def use(self, name: str | None) -> None:
         """Let the tuning `name` (None: the bare base) answer from here on."""
@@ -236,6 +240,17 @@ class BaseModel:
             name, part = self.grafts.route.parts[0]
             assert part == EVERYTHING, "rows of a mixed batch need their segments"
         return self.grafts.prompts.get(name) if name is not None else None
+
+
+def _fingerprint(model: Any, parameters: dict[str, Parameter] | None = None) -> str:
+    family, blocks = model.config.model_type, int(model.config.num_hidden_layers)
+    width = model.get_input_embeddings().weight.shape[1]
+    digest = hashlib.sha256(f"{family} {blocks} {width}".encode())
+    for name, parameter in sorted((parameters or dict(model.named_parameters())).items()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _token_parts(segments: tuple[Segment, ...], lengths: tuple[int, ...]) -> tuple[slice, ...]:

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from luthier.errors import UserError
 from luthier.models.batch import Segment
+from luthier.models.quantize import QuantizedLinear
 
 EVERYTHING = slice(None)
 
@@ -127,7 +128,16 @@ class Grafts:
         self.prompts[name] = vectors
 
     def substitute(self, name: str, parameters: Mapping[str, Parameter]) -> None:
-        """Use these parameters in place of the base's while this tuning is active."""
+        """Use these parameters in place of the base's while this tuning is active; none of them may be in 4 bits."""
+        packed = {
+            f"{path}.weight" for path, module in self.modules.items() if isinstance(module, QuantizedLinear)
+        } & parameters.keys()
+        if packed:
+            raise UserError(
+                f"The tuning {name!r} trains {len(packed)} weights that the base keeps in 4 bits (base.quantize: nf4), "
+                f"{min(packed)} for one, and 4-bit numbers cannot be trained. Train what is not quantized (norms, "
+                "biases, embeddings), or beside the weights (lora), or take base.quantize out."
+            )
         self.substitutes[name] = dict(parameters)
 
     def owned(self, name: str) -> dict[str, Parameter]:
