@@ -255,7 +255,7 @@ def _describe(base: BaseModel) -> dict[str, Any]:
         "family": base.family,
         "parameters": base.parameter_count,
         "dtype": str(base.dtype).removeprefix("torch."),
-        "quantize": base.spec.quantize,
+        "quantized": base.quantized,
         "device": str(base.device),
         "fingerprint": base.fingerprint(),
         "packed": base.packs,

@@ -88,7 +88,7 @@ def test_save_and_load_restore_the_bits_on_either_storage(family: str, method: s
     base.use("t")
     for file, content in pack(base, "t").items():
         (tmp_path / file).write_bytes(content)
-    assert '"quantize": "nf4"' in (tmp_path / "luthier.json").read_text()
+    assert '"quantized": true' in (tmp_path / "luthier.json").read_text()
     again, plain = tiny.make(family, quantize="nf4"), tiny.make(family)
     for other in (again, plain):
         load_tuning(other, tmp_path, "t")

@@ -5,11 +5,11 @@ head are, how logits are scaled, how rows are laid out. The head is applied at t
 """
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from luthier.errors import UserError
 from luthier.models import attention
@@ -18,7 +18,7 @@ from luthier.models.attention import Packing
 from luthier.models.batch import Batch, Packed, Segment
 from luthier.models.grafts import EVERYTHING, Grafts
 from luthier.models.load import BaseSpec, context_length, read_model, read_skeleton, resolve_device, resolve_dtype
-from luthier.models.quantize import quantize_linears
+from luthier.models.quantize import QuantizedLinear, adopt_packed, is_packed, quantize_linears
 
 # Families whose rows may share one packed sequence; each passed the leakage test.
 PACKED_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma2"}
@@ -32,10 +32,14 @@ class BaseModel:
 
     def __init__(self, model: Any, tokenizer: Any, spec: BaseSpec | None = None, device: torch.device | None = None):
         self.spec = spec or BaseSpec(model=getattr(model, "name_or_path", "") or "in-memory")
+        # Of the weights as they were before quantization: a tuning fits either storage.
         self._fingerprint: str | None = None
-        if self.spec.quantize:
-            if not model.get_input_embeddings().weight.is_meta:
-                self._fingerprint = _fingerprint(model)  # of the weights as they were: a tuning fits either storage
+        skeleton = model.get_input_embeddings().weight.is_meta
+        if is_packed(model) and not skeleton:
+            adopt_packed(model)
+            self._fingerprint = _fingerprint(model, dict(model.named_parameters()))
+        elif self.spec.quantize or is_packed(model):
+            self._fingerprint = None if skeleton else _fingerprint(model, dict(model.named_parameters()))
             quantize_linears(model, device or model.device, self.spec.double_quantize)
         if device is not None:
             model.to(device)
@@ -103,6 +107,11 @@ class BaseModel:
         return sum(parameter.numel() for parameter in self.grafts.originals.values())
 
     @property
+    def quantized(self) -> bool:
+        """Whether any weight is kept in 4 bits."""
+        return any(isinstance(module, QuantizedLinear) for module in self.grafts.modules.values())
+
+    @property
     def decoder_start(self) -> int:
         """The token an encoder-decoder's decoder begins with."""
         return int(self.config.decoder_start_token_id)
@@ -111,9 +120,13 @@ class BaseModel:
         """16 hex digits of the architecture and of samples of every weight, the same in any precision and in 4 bits."""
         return self._fingerprint or _fingerprint(self.model, self.grafts.originals)
 
-    def use(self, name: str | None) -> None:
-        """Let the tuning `name` (None: the bare base) answer from here on."""
-        self.grafts.use(name)
+    def use(self, name: str | None, merged: bool = False) -> None:
+        """Let the tuning `name` (None: the bare base) answer from here on.
+
+        `merged` puts W + BA into memory beside W: no delta is computed, at the price of a copy of the tuned weights.
+        The next `use` brings W back bit for bit. Raises UserError for a tuning that is in no weight.
+        """
+        self.grafts.use(name, merged)
 
     def target_states(self, batch: Batch) -> Tensor:
         """Run a batch; return the states (N, D) that predict its labels."""
@@ -242,12 +255,13 @@ class BaseModel:
         return self.grafts.prompts.get(name) if name is not None else None
 
 
-def _fingerprint(model: Any, parameters: dict[str, Parameter] | None = None) -> str:
+def _fingerprint(model: Any, parameters: Mapping[str, Tensor]) -> str:
     family, blocks = model.config.model_type, int(model.config.num_hidden_layers)
     width = model.get_input_embeddings().weight.shape[1]
     digest = hashlib.sha256(f"{family} {blocks} {width}".encode())
-    for name, parameter in sorted((parameters or dict(model.named_parameters())).items()):
-        flat = parameter.detach().flatten()
+    packed = {f"{path}.weight": one for path, one in model.named_modules() if isinstance(one, QuantizedLinear)}
+    for name, parameter in sorted(parameters.items()):
+        flat = (packed[name].dequantized() if name in packed else parameter.detach()).flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]

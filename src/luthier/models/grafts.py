@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from luthier.errors import UserError
 from luthier.models.batch import Segment
+from luthier.models.fold import FoldedInPlace
 from luthier.models.quantize import QuantizedLinear
 
 EVERYTHING = slice(None)
@@ -94,6 +95,7 @@ class Grafts:
         self.substitutes: dict[str, dict[str, Parameter]] = {}
         self.names: list[str] = []
         self._substituted: str | None = None
+        self._folded: tuple[str, FoldedInPlace] | None = None
         # Where each parameter lives; a tied one lives in several places.
         self.slots: dict[str, list[tuple[nn.Module, str]]] = {}
         self.originals: dict[str, Parameter] = {}
@@ -153,12 +155,25 @@ class Grafts:
         parameters.update(self.substitutes.get(name, {}))
         return parameters
 
-    def use(self, name: str | None) -> None:
-        """Make one tuning (None: the bare base) answer every row; moves pointers, not weights."""
+    def deltas(self, name: str) -> dict[str, tuple[nn.Module, Delta]]:
+        """The modules that a tuning grafted on, each with its delta, by path."""
+        self._known(name)
+        found = [(path, grafted) for path, grafted in self._grafted() if name in grafted.deltas]
+        return {path: (grafted.base, grafted.deltas[name]) for path, grafted in found}  # type: ignore[misc]
+
+    def use(self, name: str | None, merged: bool = False) -> None:
+        """Make one tuning (None: the bare base) answer every row; moves pointers, not weights.
+
+        With `merged` the sums of weights and deltas stand in the modules until the next `use`; the originals are kept.
+        """
         if name is not None:
             self._known(name)
-        self.route.one(name)
+        self._unfold()
         self._place(name if name in self.substitutes else None)
+        self.route.one(name)
+        if merged and name is not None:
+            self._folded = name, FoldedInPlace(self, name)
+            self.route.one(None)
 
     def use_segments(self, segments: tuple[Segment, ...], parts: tuple[slice, ...], axis: int) -> None:
         """Give each segment of a batch to its own tuning; `parts` are its slices along `axis`."""
@@ -169,6 +184,7 @@ class Grafts:
                 f"The tuning {swapped[0]!r} replaces whole weights, so its rows need a batch of their own; "
                 f"this one also holds rows of {', '.join(sorted(str(name) for name in names - {swapped[0]}))}."
             )
+        self._unfold()
         self._place(swapped[0] if swapped else None)
         self.route.parts = tuple((segment.name, part) for segment, part in zip(segments, parts, strict=True))
         self.route.axis = axis
@@ -176,7 +192,7 @@ class Grafts:
     def remove(self, name: str) -> None:
         """Take a tuning away; the base is bit for bit what it was."""
         self._known(name)
-        if any(part[0] == name for part in self.route.parts):
+        if any(part[0] == name for part in self.route.parts) or (self._folded and self._folded[0] == name):
             self.use(None)
         for path, grafted in self._grafted():
             if name in grafted.deltas:
@@ -187,6 +203,11 @@ class Grafts:
         self.prompts.pop(name, None)
         self.substitutes.pop(name, None)
         self.names.remove(name)
+
+    def _unfold(self) -> None:
+        if self._folded:
+            self._folded[1].restore()
+            self._folded = None
 
     def _place(self, name: str | None) -> None:
         if self._substituted == name:

@@ -11,6 +11,7 @@ layer, so it needs no second implementation. bitsandbytes packs and unpacks; the
 repacks the weights inside forward where nothing asks for gradients, and so changes them under a tuning that trains.
 """
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any, Literal
@@ -33,8 +34,11 @@ class QuantizedLinear(nn.Linear):
     `weight` is on the meta device: it tells shape and precision and holds no numbers, which `dense_weight` has.
     """
 
-    def __init__(self, weight: Tensor, bias: Parameter | None, device: torch.device, double: bool):
+    def __init__(
+        self, weight: Tensor, bias: Parameter | None, device: torch.device, double: bool, transposed: bool = False
+    ):
         nn.Module.__init__(self)
+        self.transposed = transposed  # the architecture stores (in, out), as GPT-2 does
         self.out_features, self.in_features = weight.shape
         self.weight = Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
         self.register_parameter("bias", bias)
@@ -85,6 +89,30 @@ class _Product(torch.autograd.Function):
         return into_x, upstream.reshape(-1, upstream.shape[-1]).sum(0) if wanted_bias else None, None
 
 
+def is_packed(model: Any) -> bool:
+    """Whether a model was saved in bitsandbytes' 4 bits."""
+    found = getattr(model.config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return "bitsandbytes" in str(getattr(method, "value", method))
+
+
+def adopt_packed(model: Any) -> None:
+    """Put our layer in the place of each that was saved in 4 bits; the numbers stay."""
+    for path, module in list(model.named_modules()):
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is None:
+            continue
+        out, inputs = state.shape
+        layer = QuantizedLinear(
+            torch.empty(out, inputs, dtype=state.dtype, device="meta"), module.bias, torch.device("meta"), state.nested
+        )
+        layer.packed, layer.state = module.weight.data, copy.copy(state)
+        if out * inputs % state.blocksize == 0:
+            layer.state.shape = torch.Size((out * inputs // state.blocksize, state.blocksize))
+        parent, _, key = path.rpartition(".")
+        setattr(model.get_submodule(parent), key, layer)
+
+
 def quantize_linears(model: Any, device: torch.device, double: bool) -> None:
     """Replace every linear but the output head by its 4-bit form on `device`, one after another.
 
@@ -94,9 +122,11 @@ def quantize_linears(model: Any, device: torch.device, double: bool) -> None:
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
-            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+            turned = isinstance(module, Conv1D)
+            weight: Tensor = module.weight.T if turned else module.weight
             parent, _, key = path.rpartition(".")
-            setattr(model.get_submodule(parent), key, QuantizedLinear(weight, module.bias, device, double))  # type: ignore[arg-type]
+            packed = QuantizedLinear(weight, module.bias, device, double, turned)
+            setattr(model.get_submodule(parent), key, packed)
 
 
 def _functional() -> Any:

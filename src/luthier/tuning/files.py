@@ -34,7 +34,7 @@ def pack(base: BaseModel, name: str) -> dict[str, bytes]:
             "model": base.spec.model,
             "family": base.family,
             "fingerprint": base.fingerprint(),
-            "quantize": base.spec.quantize,
+            "quantized": base.quantized,
         },
         "parameters": sum(tensor.numel() for tensor in owned.values()),
     }
