@@ -177,7 +177,7 @@ def test_a_requantized_directory_is_read_as_a_base_of_the_same_numbers(family: s
     """What transformers packs with bitsandbytes is taken over packed: the numbers are those of packing here."""
     base = tuned(family, LoRA(rank=2, alpha=4), quantize="nf4")
     write_model(base, merged_weights(base, "t", torch.float32), tmp_path / "dense")
-    requantize(base, tmp_path / "dense", tmp_path / "packed")
+    requantize(base, tmp_path / "dense", tmp_path / "packed", torch.float32)
     spec = BaseSpec(model=str(tmp_path / "packed"), dtype="float32", device="cpu")
     packed = BaseModel.load(spec)
     assert packed.quantized and not any(type(module).__name__ == "Linear4bit" for module in packed.model.modules())

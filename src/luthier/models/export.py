@@ -61,7 +61,7 @@ def write_model(base: BaseModel, weights: dict[str, Tensor], folder: Path) -> No
         base.tokenizer.save_pretrained(folder)
 
 
-def requantize(base: BaseModel, folder: Path, target: Path) -> None:
+def requantize(base: BaseModel, folder: Path, target: Path, dtype: torch.dtype) -> None:
     """Write the model in `folder` to `target` with its linears in 4 bits, in bitsandbytes' format for transformers."""
     from transformers import BitsAndBytesConfig
 
@@ -70,11 +70,9 @@ def requantize(base: BaseModel, folder: Path, target: Path) -> None:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=base.spec.double_quantize,
-        bnb_4bit_compute_dtype=base.dtype,
+        bnb_4bit_compute_dtype=dtype,
     )
     with quiet():
-        model = kind.from_pretrained(
-            folder, quantization_config=settings, dtype=base.dtype, device_map=str(base.device)
-        )
+        model = kind.from_pretrained(folder, quantization_config=settings, dtype=dtype, device_map=str(base.device))
         model.save_pretrained(target)
         base.tokenizer.save_pretrained(target)
