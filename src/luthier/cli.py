@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from luthier.errors import Interrupted, UserError
+from luthier.evaluation.limits import MAX_FLIPS, MAX_KL
 
 app = typer.Typer(
     add_completion=False,
@@ -128,8 +129,10 @@ def merge(
     ] = "best",
     dtype: Annotated[str | None, typer.Option(help="Precision to save in; default: the base's.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Held-out rows to compare on.")] = 50,
-    max_kl: Annotated[float, typer.Option(min=0, help="Largest KL divergence, nats a token.")] = 0.01,
-    max_flips: Annotated[float, typer.Option(min=0, max=1, help="Largest share of greedy tokens that flip.")] = 0.03,
+    max_kl: Annotated[float, typer.Option(min=0, help="Largest KL divergence, nats a token.")] = MAX_KL,
+    max_flips: Annotated[
+        float, typer.Option(min=0, max=1, help="Largest share of greedy tokens that flip.")
+    ] = MAX_FLIPS,
     allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Beyond the limits, warn and write.")] = False,
 ) -> None:
     """Ship it: write a tuning and its base as one transformers model, with a certificate of what that changed."""

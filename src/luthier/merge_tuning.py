@@ -12,6 +12,7 @@ from luthier.encoding.batches import encode_all
 from luthier.encoding.encoder import Encoded
 from luthier.errors import UserError
 from luthier.evaluation.certificate import Drift, drift
+from luthier.evaluation.limits import MAX_FLIPS, MAX_KL
 from luthier.files import whole_folder, write_json
 from luthier.held_out import held_out
 from luthier.models.base import BaseModel
@@ -22,9 +23,6 @@ from luthier.tuning.files import load_tuning
 
 Onto = Literal["best", "16-bit", "dequantized", "requantized"]
 ONTO = ("best", "16-bit", "dequantized", "requantized")
-
-# What rounding a sum to bfloat16 costs stays far below these; merging onto other weights than trained on does not.
-MAX_KL, MAX_FLIPS = 0.01, 0.03
 
 
 @dataclass(frozen=True)
