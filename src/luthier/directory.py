@@ -159,7 +159,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     versions = {}
-    for package in ("luthier", "torch", "transformers", "safetensors", "rouge-score", "numpy"):
+    for package in ("luthier", "torch", "transformers", "safetensors", "bitsandbytes", "rouge-score", "numpy"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

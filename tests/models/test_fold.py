@@ -136,6 +136,71 @@ def test_the_sum_is_rounded_once() -> None:
     assert torch.equal(found, exact.to(torch.bfloat16))
 
 
+class Rescale(Delta):
+    """y * s, as IA3 rescales keys and values: rows of the weight, and the bias."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(size) + 0.5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * self.scale
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight * self.scale[:, None], None if bias is None else bias * self.scale
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [
+        ("llama", "model.layers.1.self_attn.k_proj"),
+        ("qwen2", "model.layers.1.self_attn.k_proj"),
+        ("gpt2", "transformer.h.0.mlp.c_fc"),
+        ("opt", "model.decoder.layers.0.fc1"),
+        ("t5", "decoder.block.1.layer.1.EncDecAttention.v"),
+    ],
+)
+def test_any_delta_that_says_how_it_folds_is_merged(
+    family: str, path: str, quantize: str | None, tmp_path: Path
+) -> None:
+    """With a bias and without, in a linear stored either way round, beside whole weights of the tuning's own."""
+    base = tiny.make(family, quantize=quantize)
+    row = make_rows(base, 1)[0]
+    bare = our_logits(base, row)
+    base.grafts.claim("t")
+    base.grafts.graft_module(
+        path, "t", Rescale(base.grafts.modules[path].weight.shape[family == "gpt2" and not quantize])
+    )
+    norm = next(key for key in base.grafts.originals if "norm" in key or "ln_1.weight" in key)
+    base.grafts.substitute("t", {norm: nn.Parameter(base.grafts.originals[norm].detach() * 1.2)})
+    base.use("t")
+    expected = our_logits(base, row)
+    assert not torch.allclose(expected, bare, atol=1e-3)
+    write_model(base, merged_weights(base, "t", torch.float32), tmp_path)
+    torch.testing.assert_close(plain_logits(tmp_path, row, base.encoder_decoder), expected, atol=5e-5, rtol=1e-4)
+    if not quantize:
+        base.use("t", merged=True)
+        torch.testing.assert_close(our_logits(base, row), expected, atol=5e-5, rtol=1e-4)
+    base.use(None)
+    assert torch.equal(our_logits(base, row), bare)
+
+
+class Shift(Rescale):
+    """A bias for a linear that has none."""
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight, self.scale
+
+
+def test_a_bias_that_the_architecture_has_no_place_for_is_refused() -> None:
+    base = tiny.make("llama")
+    base.grafts.claim("t")
+    base.grafts.graft_module("model.layers.0.mlp.up_proj", "t", Shift(48))
+    with pytest.raises(UserError, match="gives model.layers.0.mlp.up_proj a bias, and this architecture has none"):
+        merged_weights(base, "t", torch.float32)
+
+
 class Squash(Delta):
     """No weights give this."""
 

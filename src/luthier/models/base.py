@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from luthier.errors import UserError
 from luthier.models import attention
-from luthier.models.allocator import keep_freed_memory
+from luthier.models.allocator import give_back_freed_memory, keep_freed_memory
 from luthier.models.attention import Packing
 from luthier.models.batch import Batch, Packed, Segment
 from luthier.models.grafts import EVERYTHING, Grafts
@@ -63,7 +63,9 @@ class BaseModel:
         model, tokenizer = read_model(spec, dtype)
         if dtype == torch.float16 and model.config.model_type == "t5":
             raise UserError("T5 overflows in float16: use dtype bfloat16 or float32.")
-        return cls(model, tokenizer, spec, device)
+        base = cls(model, tokenizer, spec, device)
+        give_back_freed_memory()  # what reading and packing took
+        return base
 
     @classmethod
     def skeleton(cls, spec: BaseSpec) -> "BaseModel":

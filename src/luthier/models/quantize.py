@@ -120,13 +120,14 @@ def quantize_linears(model: Any, device: torch.device, double: bool) -> None:
     """
     _functional()
     head = model.get_output_embeddings()
-    for path, module in list(model.named_modules()):
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
-            turned = isinstance(module, Conv1D)
-            weight: Tensor = module.weight.T if turned else module.weight
-            parent, _, key = path.rpartition(".")
-            packed = QuantizedLinear(weight, module.bias, device, double, turned)
-            setattr(model.get_submodule(parent), key, packed)
+    paths = [path for path, one in model.named_modules() if isinstance(one, (nn.Linear, Conv1D)) and one is not head]
+    for path in paths:  # (a list of the modules would keep every dense weight alive to the end)
+        parent, _, key = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        module: Any = getattr(owner, key)
+        turned = isinstance(module, Conv1D)
+        packed = QuantizedLinear(module.weight.T if turned else module.weight, module.bias, device, double, turned)
+        setattr(owner, key, packed)
 
 
 def _functional() -> Any:
