@@ -256,3 +256,29 @@ def test_a_requantized_directory_is_read_as_a_base_of_the_same_numbers(family: s
     for found in (packed, BaseModel.skeleton(spec)):
         with pytest.raises(UserError, match="keeps in 4 bits"):
             attach(found, "full", Full())
+
+
+class Nudge(Delta):
+    """A table's rows moved for themselves."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(shape) * 0.05)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + torch.nn.functional.embedding(x, self.rows)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.rows, bias
+
+
+def test_a_delta_on_tied_embeddings_leaves_the_head(tmp_path: Path) -> None:
+    base = tiny.make("llama")
+    base.grafts.claim("t")
+    base.grafts.graft_module("model.embed_tokens", "t", Nudge(base.embedding.weight.shape))
+    base.use("t")
+    row = make_rows(base, 1)[0]
+    weights = merged_weights(base, "t", torch.float32)
+    assert torch.equal(weights["lm_head.weight"], base.grafts.originals["model.embed_tokens.weight"])
+    write_model(base, weights, tmp_path)
+    torch.testing.assert_close(plain_logits(tmp_path, row, False), our_logits(base, row), atol=5e-5, rtol=1e-4)

@@ -43,8 +43,8 @@ def merged_weights(base: BaseModel, name: str, dtype: torch.dtype) -> dict[str, 
 def write_model(base: BaseModel, weights: dict[str, Tensor], folder: Path) -> None:
     """Write config, weights (safetensors) and tokenizer into a folder, as transformers itself would."""
     paths = {module: f"{path}.weight" for path, module in base.grafts.modules.items()}
-    embedding, head = base.embedding, base.model.get_output_embeddings()
-    tied = weights[paths[embedding]] is weights[paths[getattr(head, "base", head)]]
+    ends = [getattr(end, "base", end) for end in (base.embedding, base.model.get_output_embeddings())]  # under a graft
+    tied = weights[paths[ends[0]]] is weights[paths[ends[1]]]
     config: Any = copy.deepcopy(base.config)
     config.tie_word_embeddings = bool(config.tie_word_embeddings) and tied
     config._attn_implementation = None  # ours is registered by Luthier

@@ -92,10 +92,14 @@ def effective_rank(values: Tensor) -> float:
 
 @torch.no_grad()
 def inspect_substitutes(base: BaseModel, name: str) -> list[Change]:
-    """The change of every block that has weights of the tuning's own."""
+    """The change of every block that has weights of the tuning's own; the bare base is in use afterwards."""
+    base.use(None)
     parts: dict[str, list[tuple[str, int, float, float]]] = {}
     for key, parameter in base.grafts.substitutes[name].items():
-        original = base.grafts.originals[key].detach().float()
+        path, _, last = key.rpartition(".")
+        here = base.grafts.modules[path]._parameters[last]
+        assert here is not None
+        original = here.detach().float()
         moved = float((parameter.detach().float() - original).square().sum())
         parts.setdefault(_part(key), []).append((key, parameter.numel(), moved, float(original.square().sum())))
     changes = []
