@@ -489,6 +489,8 @@ def test_the_surface_is_frozen() -> None:
         "preview": ["recipe", "rows", "set_"],
         "audit": ["as_json", "recipe", "set_"],
         "generate": ["file", "max_new_tokens", "out", "raw", "run", "task", "text", "tuning"],
+        "merge": ["allow_drift", "dtype", "max_flips", "max_kl", "onto", "out", "rows", "run", "tuning"],
+        "inspect": ["as_json", "neighbours", "rows", "run", "tuning"],
         "schema": ["what"],
         "list": ["file"],
         "render": ["as_json", "file", "name", "row", "seed", "truncate"],

@@ -26,6 +26,8 @@ from transformers import (
 )
 
 from luthier.models.base import BaseModel
+from luthier.models.load import BaseSpec
+from luthier.models.quantize import Quantization
 
 CORPUS = [
     "The guest asks the clerk for a quiet room and pays for two nights.",
@@ -83,8 +85,14 @@ def unigram() -> PreTrainedTokenizerFast:
     )
 
 
-def make(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, blocks: int = 2) -> BaseModel:
-    """A tiny random base of a family."""
+def make(
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    blocks: int = 2,
+    quantize: Quantization | None = None,
+) -> BaseModel:
+    """A tiny random base of a family, with `quantize` its linears in 4 bits."""
     torch.manual_seed(seed)
     tokenizer = unigram() if family in ENCODER_DECODERS else byte_bpe()
     size = len(tokenizer)
@@ -165,7 +173,7 @@ def make(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, blocks:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             elif family not in ENCODER_DECODERS:
                 parameter.mul_(4.0)
-    return BaseModel(model.to(dtype), tokenizer)
+    return BaseModel(model.to(dtype), tokenizer, BaseSpec(model="in-memory", quantize=quantize))
 
 
 def words(generator: random.Random, least: int, most: int) -> str:

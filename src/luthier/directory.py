@@ -159,7 +159,8 @@ def environment() -> dict[str, Any]:
     import torch
 
     versions = {}
-    for package in ("luthier", "torch", "transformers", "safetensors", "rouge-score", "sacrebleu", "numpy"):
+    named = ("luthier", "torch", "transformers", "safetensors", "bitsandbytes", "rouge-score", "sacrebleu", "numpy")
+    for package in named:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,42 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         if partial and os.path.exists(partial):
             os.unlink(partial)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path` to fill; then rename it, so that `path` appears whole or not at all.
+
+    Raises UserError where `path` is there already (an empty folder may be), and where the disk is full.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists already and nothing is ever overwritten; give another folder with --out.")
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        os.chmod(partial, 0o777 & ~_umask())
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"{path} could not be written: {reason}. Nothing was left there; free some space or choose another folder."
+        ) from None
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's mask for new files: temporary folders are made for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_whole(path: Path, content: bytes) -> None:

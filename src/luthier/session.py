@@ -76,6 +76,17 @@ class Session:
         self.base.use(tuning)
         return method.virtual_tokens()
 
+    def trained(self, tuning: str) -> Method:
+        """Put a trained tuning of the run in use and return its method; raises UserError for one that trains nothing."""
+        self._use(tuning)
+        method = self.recipe.tunings[tuning].method
+        if not isinstance(method, Method):
+            names = [name for name, one in self.recipe.tunings.items() if isinstance(one.method, Method)]
+            raise UserError(
+                f"{tuning!r} is the base as it is: nothing was trained. Trained tunings: {', '.join(names) or 'none'}."
+            )
+        return method
+
     def _task(self, name: str | None, raw: bool) -> Task:
         tasks = {task.name: task for task in self.recipe.tasks}
         if name is None and (len(tasks) == 1 or raw):

@@ -269,6 +269,7 @@ def _describe(base: BaseModel) -> dict[str, Any]:
         "family": base.family,
         "parameters": base.parameter_count,
         "dtype": str(base.dtype).removeprefix("torch."),
+        "quantized": base.quantized,
         "device": str(base.device),
         "fingerprint": base.fingerprint(),
         "packed": base.packs,

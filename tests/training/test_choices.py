@@ -13,9 +13,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from luthier.encoding.batches import collate
 from luthier.encoding.order import Shuffled
 from luthier.errors import Interrupted, UserError
-from luthier.models import base as base_module
 from luthier.models.base import BaseModel
 from luthier.models.loss import loss_sum
+from luthier.models.noise import noisy
 from luthier.training import loop
 from luthier.training.log import tracker_hooks
 from luthier.training.loop import Validation, accumulate, train
@@ -107,7 +107,7 @@ def test_label_smoothing_is_torchs(family: str) -> None:
 def test_neftune_noise_has_its_spread_and_stays_in_training() -> None:
     torch.manual_seed(0)
     clean = torch.zeros(3000, 16)
-    found = base_module.noisy(clean, (1000, 2000), 5.0)
+    found = noisy(clean, (1000, 2000), 5.0)
     for part, length in ((found[:1000], 1000), (found[1000:], 2000)):
         edge = 5.0 / (length * 16) ** 0.5
         assert part.abs().max() <= edge

@@ -6,6 +6,7 @@ head are, how logits are scaled, how rows are laid out. The head is applied at t
 
 import hashlib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from luthier.errors import UserError
 from luthier.models import attention
-from luthier.models.allocator import keep_freed_memory
+from luthier.models.allocator import give_back_freed_memory, keep_freed_memory
 from luthier.models.attention import Packing
 from luthier.models.batch import Batch, Packed, Segment, row_parts, token_parts
 from luthier.models.grafted import Grafted
@@ -27,8 +28,10 @@ from luthier.models.load import (
     resolve_device,
     resolve_dtype,
 )
+from luthier.models.noise import noisy
 from luthier.models.padding import kept_index, owner_rows, pad, pad_index
 from luthier.models.prefix import Prefixes
+from luthier.models.quantize import QuantizedLinear, adopt_packed, is_packed, quantize_linears
 
 # Families whose rows may share one packed sequence; each passed the leakage test.
 PACKED_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma2"}
@@ -37,8 +40,19 @@ PACKED_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma2"}
 class BaseModel:
     """A frozen model with its tokenizer and the tunings attached to it."""
 
-    def __init__(self, model: Any, tokenizer: Any, spec: BaseSpec | None = None):
+    def __init__(self, model: Any, tokenizer: Any, spec: BaseSpec | None = None, device: torch.device | None = None):
         self.spec = spec or BaseSpec(model=getattr(model, "name_or_path", "") or "in-memory")
+        # Of the weights as they were before quantization: a tuning fits either storage.
+        self._fingerprint: str | None = None
+        skeleton = model.get_input_embeddings().weight.is_meta
+        if is_packed(model) and not skeleton:
+            adopt_packed(model)
+            self._fingerprint = _fingerprint(model, dict(model.named_parameters()))
+        elif self.spec.quantize or is_packed(model):
+            self._fingerprint = None if skeleton else _fingerprint(model, dict(model.named_parameters()))
+            quantize_linears(model, device or model.device, self.spec.double_quantize)
+        if device is not None:
+            model.to(device)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.config = model.config
@@ -60,7 +74,9 @@ class BaseModel:
         model, tokenizer = read_model(spec, dtype)
         if dtype == torch.float16 and model.config.model_type == "t5":
             raise UserError("T5 overflows in float16: use dtype bfloat16 or float32.")
-        return cls(model.to(device), tokenizer, spec)
+        base = cls(model, tokenizer, spec, device)
+        give_back_freed_memory()  # what reading and packing took
+        return base
 
     @classmethod
     def skeleton(cls, spec: BaseSpec) -> "BaseModel":
@@ -104,22 +120,26 @@ class BaseModel:
         return sum(parameter.numel() for parameter in self.grafts.originals.values())
 
     @property
+    def quantized(self) -> bool:
+        """Whether any weight is kept in 4 bits."""
+        return any(isinstance(module, QuantizedLinear) for module in self.grafts.modules.values())
+
+    @property
     def decoder_start(self) -> int:
         """The token an encoder-decoder's decoder begins with."""
         return int(self.config.decoder_start_token_id)
 
     def fingerprint(self) -> str:
-        """16 hex digits of the architecture and of samples of every weight, the same in any precision."""
-        digest = hashlib.sha256(f"{self.family} {self.blocks} {self.width}".encode())
-        for name, parameter in sorted(self.grafts.originals.items()):
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
-            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """16 hex digits of the architecture and of samples of every weight, the same in any precision and in 4 bits."""
+        return self._fingerprint or _fingerprint(self.model, self.grafts.originals)
 
-    def use(self, name: str | None) -> None:
-        """Let the tuning `name` (None: the bare base) answer from here on."""
-        self.grafts.use(name)
+    def use(self, name: str | None, merged: bool = False) -> None:
+        """Let the tuning `name` (None: the bare base) answer from here on.
+
+        `merged` puts W + BA into memory beside W: no delta is computed, at the price of a copy of the tuned weights.
+        The next `use` brings W back bit for bit. Raises UserError for a tuning that is in no weight.
+        """
+        self.grafts.use(name, merged)
 
     def target_states(self, batch: Batch) -> Tensor:
         """Run a batch; return the states (N, D) that predict its labels."""
@@ -271,8 +291,13 @@ class BaseModel:
         self.grafts.use_segments(segments, parts, axis=0)
 
 
-def noisy(embedded: Tensor, lengths: tuple[int, ...], alpha: float) -> Tensor:
-    """(T, D) embeddings with uniform noise of alpha / sqrt(length x D) on each row (NEFTune, https://arxiv.org/abs/2310.05914)."""
-    spread = torch.tensor([alpha / (length * embedded.shape[1]) ** 0.5 for length in lengths], device=embedded.device)
-    each = spread.repeat_interleave(torch.tensor(lengths, device=embedded.device))
-    return embedded + (torch.rand_like(embedded) * 2 - 1) * each[:, None].to(embedded.dtype)
+def _fingerprint(model: Any, parameters: Mapping[str, Tensor]) -> str:
+    family, blocks = model.config.model_type, int(model.config.num_hidden_layers)
+    width = model.get_input_embeddings().weight.shape[1]
+    digest = hashlib.sha256(f"{family} {blocks} {width}".encode())
+    packed = {f"{path}.weight": one for path, one in model.named_modules() if isinstance(one, QuantizedLinear)}
+    for name, parameter in sorted(parameters.items()):
+        flat = (packed[name].dequantized() if name in packed else parameter.detach()).flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -14,8 +14,10 @@ from torch.nn import Parameter
 
 from luthier.errors import UserError
 from luthier.models.batch import Segment
+from luthier.models.fold import FoldedInPlace
 from luthier.models.grafted import Delta, Grafted, Route
 from luthier.models.prefix import Prefix, Prefixes
+from luthier.models.quantize import QuantizedLinear
 
 
 class Grafts:
@@ -30,6 +32,7 @@ class Grafts:
         self._where: dict[str, dict[str, Sequence[str]]] = {}
         self.names: list[str] = []
         self._substituted: str | None = None
+        self._folded: tuple[str, FoldedInPlace] | None = None
         # Where each parameter lives, by path; a tied one lives in several places and is named by the first.
         self.slots: dict[str, list[str]] = {}
         self.originals: dict[str, Parameter] = {}
@@ -75,8 +78,17 @@ class Grafts:
     ) -> None:
         """Use these parameters in place of the base's while this tuning is active.
 
-        A parameter stands in all places of the base's one by its name, or where `places` says.
+        A parameter stands in all places of the base's one by its name, or where `places` says; none may be in 4 bits.
         """
+        packed = {
+            f"{path}.weight" for path, module in self.modules.items() if isinstance(module, QuantizedLinear)
+        } & parameters.keys()
+        if packed:
+            raise UserError(
+                f"The tuning {name!r} trains {len(packed)} weights that the base keeps in 4 bits (base.quantize: nf4), "
+                f"{min(packed)} for one, and 4-bit numbers cannot be trained. Train what is not quantized (norms, "
+                "biases, embeddings), or beside the weights (lora), or take base.quantize out."
+            )
         self.substitutes[name] = dict(parameters)
         self._where[name] = {key: (places or {}).get(key) or self.slots[key] for key in parameters}
 
@@ -95,12 +107,25 @@ class Grafts:
         parameters.update(self.substitutes.get(name, {}))
         return parameters
 
-    def use(self, name: str | None) -> None:
-        """Make one tuning (None: the bare base) answer every row; moves pointers, not weights."""
+    def deltas(self, name: str) -> dict[str, tuple[nn.Module, Delta]]:
+        """The modules that a tuning grafted on, each with its delta, by path."""
+        self._known(name)
+        found = [(path, grafted) for path, grafted in self._grafted() if name in grafted.deltas]
+        return {path: (grafted.base, grafted.deltas[name]) for path, grafted in found}  # type: ignore[misc]
+
+    def use(self, name: str | None, merged: bool = False) -> None:
+        """Make one tuning (None: the bare base) answer every row; moves pointers, not weights.
+
+        With `merged` the sums of weights and deltas stand in the modules until the next `use`; the originals are kept.
+        """
         if name is not None:
             self._known(name)
-        self.route.one(name)
+        self._unfold()
         self._place(name if name in self.substitutes else None)
+        self.route.one(name)
+        if merged and name is not None:
+            self._folded = name, FoldedInPlace(self, name)
+            self.route.one(None)
 
     def use_segments(self, segments: tuple[Segment, ...], parts: tuple[slice, ...], axis: int) -> None:
         """Give each segment of a batch to its own tuning; `parts` are its slices along `axis`."""
@@ -111,6 +136,7 @@ class Grafts:
                 f"The tuning {swapped[0]!r} replaces whole weights, so its rows need a batch of their own; "
                 f"this one also holds rows of {', '.join(sorted(str(name) for name in names - {swapped[0]}))}."
             )
+        self._unfold()
         self._place(swapped[0] if swapped else None)
         self.route.parts = tuple((segment.name, part) for segment, part in zip(segments, parts, strict=True))
         self.route.axis = axis
@@ -119,12 +145,16 @@ class Grafts:
     def bare(self) -> Iterator[None]:
         """The base without any tuning; what was in use before is so again afterwards."""
         parts, axis, substituted = self.route.parts, self.route.axis, self._substituted
+        folded = self._folded and self._folded[0]
         self.use(None)
         try:
             yield
         finally:
-            self.route.parts, self.route.axis = parts, axis
-            self._place(substituted)
+            if folded:
+                self.use(folded, merged=True)
+            else:
+                self.route.parts, self.route.axis = parts, axis
+                self._place(substituted)
 
     def name_of(self, row: int, segments: tuple[Segment, ...]) -> str | None:
         """The tuning that a row of a batch belongs to."""
@@ -144,7 +174,7 @@ class Grafts:
     def remove(self, name: str) -> None:
         """Take a tuning away; the base is bit for bit what it was."""
         self._known(name)
-        if any(part[0] == name for part in self.route.parts):
+        if any(part[0] == name for part in self.route.parts) or (self._folded and self._folded[0] == name):
             self.use(None)
         for path, grafted in self._grafted():
             if name in grafted.deltas:
@@ -157,6 +187,11 @@ class Grafts:
         self.substitutes.pop(name, None)
         self._where.pop(name, None)
         self.names.remove(name)
+
+    def _unfold(self) -> None:
+        if self._folded:
+            self._folded[1].restore()
+            self._folded = None
 
     def _place(self, name: str | None) -> None:
         if self._substituted == name:

@@ -13,6 +13,7 @@ from luthier.errors import UserError, nearest
 from luthier.models.embedded import EMBEDDED, embedded_folder
 from luthier.models.gguf import load_gguf
 from luthier.models.place import Place, explained
+from luthier.models.quantize import Quantization
 
 Dtype = Literal["auto", "bfloat16", "float32", "float16"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -27,7 +28,8 @@ class BaseSpec:
 
     `model` is an embedded name, a directory, a .gguf file or a hub id. `dtype: auto` takes bfloat16
     where this machine multiplies it faster than float32. `chat: auto` uses the tokenizer's chat
-    template where it has one.
+    template where it has one. `quantize: nf4` keeps the linears in 4 bits, with `double_quantize` their scales in 8;
+    every method that leaves them as they are trains on it.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -38,6 +40,8 @@ class BaseSpec:
     chat: bool | Literal["auto"] = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
+    quantize: Quantization | None = None
+    double_quantize: bool = True
 
 
 def resolve_device(device: str) -> torch.device:

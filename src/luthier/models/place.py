@@ -24,12 +24,19 @@ class Place:
 @contextmanager
 def explained(place: Place) -> Iterator[None]:
     """Turn what transformers raises for unreadable files into one message."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
-        yield
+        with quiet():
+            yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(
             f"The base model could not be read from the {place.title}: {' '.join(str(error).split())[:300]} "
             "A directory must hold config.json, model.safetensors and the tokenizer's files."
         ) from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' warnings and bars, which would break ours, off the terminal from here on."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    yield

@@ -1,6 +1,7 @@
 """Tunings on disk: PEFT's two files where PEFT has the method, and `luthier.json` beside them.
 
-`luthier.json` holds the method with its settings and the fingerprint of the base it was trained on.
+`luthier.json` holds the method with its settings, the fingerprint of the base it was trained on and whether that was
+quantized. The fingerprint is of the weights before quantization: a tuning loads on either.
 Weights are safetensors only.
 """
 
@@ -32,7 +33,12 @@ def pack(base: BaseModel, name: str) -> dict[str, bytes]:
     card = {
         "luthier": 1,
         "settings": asdict(method.saved()),  # type: ignore[call-overload]
-        "base": {"model": base.spec.model, "family": base.family, "fingerprint": base.fingerprint()},
+        "base": {
+            "model": base.spec.model,
+            "family": base.family,
+            "fingerprint": base.fingerprint(),
+            "quantized": base.quantized,
+        },
         "parameters": sum(parameter.numel() for parameter in parameters(base, name).values()),
     }
     files = {WEIGHTS: save(tensors, metadata={"format": "pt"}), CARD: _json(card)}

@@ -1,0 +1,142 @@
+"""4-bit base weights: NormalFloat (Dettmers et al. 2023, QLoRA, https://arxiv.org/abs/2305.14314).
+
+    W[i] = code[q[i]] * absmax[i // 64]        q: 4 bits a weight, code: the 16 quantiles of a normal
+
+With double quantization the absmax of the blocks are 8-bit numbers themselves (4.13 bits a weight in all, 4.5 without).
+
+    q_proj: Linear   ->   q_proj: QuantizedLinear
+
+Every linear but the output head is quantized; embeddings, norms and biases stay as they are. A tuning holds its base
+layer, so it needs no second implementation. bitsandbytes packs and unpacks; the product is ours, because its own layer
+repacks the weights inside forward where nothing asks for gradients, and so changes them under a tuning that trains.
+"""
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Parameter
+from transformers.pytorch_utils import Conv1D
+
+from luthier.errors import UserError
+
+Quantization = Literal["nf4"]
+BLOCK = 64
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear whose weight is kept in 4 bits and unpacked for each product.
+
+    `weight` is on the meta device: it tells shape and precision and holds no numbers, which `dense_weight` has.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Parameter | None, device: torch.device, double: bool, transposed: bool = False
+    ):
+        nn.Module.__init__(self)
+        self.transposed = transposed  # the architecture stores (in, out), as GPT-2 does
+        self.out_features, self.in_features = weight.shape
+        self.weight = Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        self.register_parameter("bias", bias)
+        self.packed: Tensor | None
+        self.register_buffer("packed", None)
+        self.state: Any = None  # bitsandbytes' QuantState: absmax, code, shape, precision
+        if not weight.is_meta:
+            # One block a row: bitsandbytes' CPU kernel misreads rows of, say, 48 numbers, which no block divides.
+            flat = weight.detach().to(device).flatten()
+            blocks = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+            self.packed, self.state = _functional().quantize_4bit(
+                blocks, blocksize=BLOCK, compress_statistics=double, quant_type="nf4"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) to (..., out)."""
+        return _Product.apply(x, self.bias, self)  # type: ignore[no-any-return]
+
+    def dequantized(self) -> Tensor:
+        """The weight (out, in) in the base's precision, exactly as the products use it."""
+        assert self.packed is not None, "a skeleton has no weights"
+        blocks: Tensor = _functional().dequantize_4bit(self.packed, self.state)
+        return blocks.flatten()[: self.weight.numel()].view(self.weight.shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        # The stand-in stays on the meta device, which has nothing to move.
+        stand_in = self._parameters.pop("weight")
+        super()._apply(fn, recurse)
+        self._parameters = {"weight": stand_in, **self._parameters}
+        if self.packed is not None:
+            self.state.to(self.packed.device)
+        return self
+
+
+class _Product(torch.autograd.Function):
+    """y = x W^T + b. Keeps the packed weight for the backward pass, never the unpacked one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantized().to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        (upstream,) = outputs
+        wanted_x, wanted_bias, _ = ctx.needs_input_grad
+        into_x = upstream @ ctx.layer.dequantized().to(upstream.dtype) if wanted_x else None
+        return into_x, upstream.reshape(-1, upstream.shape[-1]).sum(0) if wanted_bias else None, None
+
+
+def is_packed(model: Any) -> bool:
+    """Whether a model was saved in bitsandbytes' 4 bits."""
+    found = getattr(model.config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return "bitsandbytes" in str(getattr(method, "value", method))
+
+
+def adopt_packed(model: Any) -> None:
+    """Put our layer in the place of each that was saved in 4 bits; the numbers stay."""
+    for path, module in list(model.named_modules()):
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is None:
+            continue
+        out, inputs = state.shape
+        layer = QuantizedLinear(
+            torch.empty(out, inputs, dtype=state.dtype, device="meta"), module.bias, torch.device("meta"), state.nested
+        )
+        layer.packed, layer.state = module.weight.data, copy.copy(state)
+        if out * inputs % state.blocksize == 0:
+            layer.state.shape = torch.Size((out * inputs // state.blocksize, state.blocksize))
+        parent, _, key = path.rpartition(".")
+        setattr(model.get_submodule(parent), key, layer)
+
+
+def quantize_linears(model: Any, device: torch.device, double: bool) -> None:
+    """Replace every linear but the output head by its 4-bit form on `device`, one after another.
+
+    On the meta device only the shapes change. Raises UserError where bitsandbytes is not installed.
+    """
+    _functional()
+    head = model.get_output_embeddings()
+    paths = [path for path, one in model.named_modules() if isinstance(one, (nn.Linear, Conv1D)) and one is not head]
+    for path in paths:  # (a list of the modules would keep every dense weight alive to the end)
+        parent, _, key = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        module: Any = getattr(owner, key)
+        turned = isinstance(module, Conv1D)
+        packed = QuantizedLinear(module.weight.T if turned else module.weight, module.bias, device, double, turned)
+        setattr(owner, key, packed)
+
+
+def _functional() -> Any:
+    # Without its optional `kernels` bitsandbytes warns on import; nothing of what it misses is used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes.functional as functional
+    except ImportError:
+        raise UserError(
+            "base.quantize: nf4 needs bitsandbytes, which is not installed: pip install 'luthier[quantize]'."
+        ) from None
+    return functional
