@@ -15,11 +15,14 @@ from functools import cached_property
 from typing import Any
 
 from luthier.data.task import Example
+from luthier.encoding.chat import frame
 from luthier.encoding.words import reader
 from luthier.errors import UserError
 
 # A cut prompt keeps at least this many tokens, or the row is refused: less is no prompt.
 SHORTEST_PROMPT = 8
+# Chat frames kept: one for each system prompt seen lately.
+FRAMES = 64
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Encoder:
         self.encoder_decoder = encoder_decoder
         self.chat = chat and not encoder_decoder
         self.max_length = max_length
+        self._frames: dict[str | None, tuple[str, str] | None] = {}  # by system prompt
         if self.chat and not tokenizer.chat_template:
             raise UserError("base.chat is true, but the tokenizer has no chat template. Set `chat: false` or `auto`.")
         if tokenizer.eos_token_id is None:
@@ -104,10 +108,19 @@ class Encoder:
     def prompt_text(self, example: Example) -> str:
         """The whole prompt as text: system, shots and question, as the model will read it."""
         if self.chat:
+            if not example.shots and (around := self._frame(example.system)):
+                return f"{around[0]}{example.prompt}{around[1]}"
             return str(self.tokenizer.apply_chat_template(_turns(example), tokenize=False, add_generation_prompt=True))
         shots = "".join(f"{question}\n{answer}\n\n" for question, answer in example.shots)
         system = f"{example.system}\n\n" if example.system else ""
         return f"{system}{shots}{example.prompt}" + ("" if self.encoder_decoder else "\n")
+
+    def _frame(self, system: str | None) -> tuple[str, str] | None:
+        if system not in self._frames:
+            if len(self._frames) >= FRAMES:
+                self._frames.clear()
+            self._frames[system] = frame(self.tokenizer, system)
+        return self._frames[system]
 
     def prompt_ids(self, example: Example) -> list[int]:
         """Token ids of the prompt, uncut."""
