@@ -29,6 +29,7 @@ from luthier.models.base import BaseModel
 from luthier.models.memory import peak_bytes, resident_bytes
 from luthier.progress import Progress
 from luthier.recipe import Recipe
+from luthier.training.frozen_rows import frozen_rows
 from luthier.training.log import log_hooks, tracker_hooks
 from luthier.training.loop import Validation, train
 from luthier.training_rows import training_rows
@@ -134,8 +135,10 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
     trained = directory.result(f"{name}.trained")
     if trained is None:
         attach(base, name, method, recipe.seed)
-        rows, describe = training_rows(recipe, recipe.tunings[name], stage.tasks, encoder, reserve, stage.progress.say)
         settings = recipe.tunings[name].training
+        say = stage.progress.say
+        enrich = (lambda rows: frozen_rows(base, name, rows, say)) if settings.frozen_cache else (lambda rows: rows)
+        rows, describe = training_rows(recipe, recipe.tunings[name], stage.tasks, encoder, reserve, say, enrich)
         stage.progress.begin("training", settings.steps(len(rows)))
         with (
             log_hooks(directory.log(name), directory.path / "tensorboard" / name) as logs,

@@ -7,7 +7,7 @@ from luthier.data.forms import InForm, in_form
 from luthier.data.mixture import entries, epoch_size
 from luthier.data.stored import StoredExamples
 from luthier.data.task import Examples, ExampleStream, Task
-from luthier.encoding.encoder import Encoder
+from luthier.encoding.encoder import Encoded, Encoder
 from luthier.encoding.order import Mixed, Shuffled, Stream, Streamed, step_places
 from luthier.encoding.stored import StoredRows, stored_rows
 from luthier.recipe import Recipe, Tuning
@@ -20,11 +20,12 @@ def training_rows(
     encoder: Encoder,
     reserve: int,
     say: Callable[[str], None] = lambda _: None,
+    enrich: Callable[[StoredRows], Sequence[Encoded]] = lambda rows: rows,
 ) -> tuple[Stream, Callable[[int, int], dict[str, Any]]]:
     """The rows in their order, and what to report of them after so many steps of that batch size.
 
     `reserve` tokens are kept free in every row. Rows are encoded once and kept on disk, streamed ones as they come.
-    `say` is told of prompts that had to be cut.
+    `say` is told of prompts that had to be cut; `enrich` may add to the rows what training wants beside them.
     """
     mixture, seed = recipe.task, recipe.seed
     examples = {task.name: each for task, each in tasks}
@@ -49,7 +50,7 @@ def training_rows(
             flow = streamed(own.stream)
             return flow, lambda batch, steps: {"cut": 0, "left_out": flow.left_out, "mixture": []}
         rows = encode(_stored(own), "training")
-        return Shuffled(rows, seed), lambda batch, steps: {"cut": len(rows.cut_rows), "mixture": []}
+        return Shuffled(enrich(rows), seed), lambda batch, steps: {"cut": len(rows.cut_rows), "mixture": []}
     chosen = mixture.only(tuning.tasks) if tuning.tasks else mixture
     count = lambda task: len(examples[task.name].train)  # noqa: E731
     flat = entries(chosen, count)
@@ -62,7 +63,8 @@ def training_rows(
             continue
         shown = in_form(entry, _stored(examples[entry.task.name]), recipe.examples, seed, budget, encoder.count)
         each.append(encode(shown, f"training ({entry.task.name}, {entry.form})"))
-    stream = Mixed(each, [entry.rate for entry in flat], epoch_size(chosen, count), seed)
+    enriched = [enrich(rows) if isinstance(rows, StoredRows) else rows for rows in each]
+    stream = Mixed(enriched, [entry.rate for entry in flat], epoch_size(chosen, count), seed)
 
     def describe(batch: int, steps: int) -> dict[str, Any]:
         drawn = step_places(stream, batch, steps - 1).stop if steps else 0

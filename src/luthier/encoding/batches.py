@@ -4,6 +4,7 @@ Micro-batches divide an optimizer's batch by a token budget: that is memory only
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -31,6 +32,9 @@ def collate(rows: Sequence[Encoded], decoder_start: int | None) -> Batch:
     labels = torch.tensor([token for row in rows for token in row.labels])
     owners = torch.tensor([place for place, row in enumerate(rows) for _ in row.labels])
     ids = tuple(row.id for row in rows)
+    known: dict[str, Any] = {}
+    if rows and all(row.states is not None for row in rows):
+        known = {"states": torch.cat([row.states for row in rows]), "frozen": rows[0].frozen}
     if decoder_start is not None:
         inputs = [token for row in rows for token in (decoder_start, *row.target[:-1])]
         return Batch(
@@ -41,6 +45,7 @@ def collate(rows: Sequence[Encoded], decoder_start: int | None) -> Batch:
             targets=torch.arange(len(labels)),
             labels=labels,
             owners=owners,
+            **known,
         )
     # The end token is predicted, never read: the last input is the last token of the completion.
     sequences = [row.prompt + row.target[:-1] for row in rows]
@@ -49,7 +54,7 @@ def collate(rows: Sequence[Encoded], decoder_start: int | None) -> Batch:
         targets += [torch.arange(start + first - 1, start + stop - 1) for first, stop in row.earlier]
         targets.append(torch.arange(start + len(row.prompt) - 1, start + len(sequence)))
         start += len(sequence)
-    return Batch(ids=ids, source=_packed(sequences), targets=torch.cat(targets), labels=labels, owners=owners)
+    return Batch(ids=ids, source=_packed(sequences), targets=torch.cat(targets), labels=labels, owners=owners, **known)
 
 
 def collate_choices(

@@ -9,7 +9,7 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
 from typing import Any
@@ -29,7 +29,8 @@ FRAMES = 64
 class Encoded:
     """Token ids of one example; `cut` counts prompt tokens removed to fit.
 
-    `earlier` are the places (start, stop) in the prompt of a conversation's earlier answers, trained on as well.
+    `earlier` are the places (start, stop) in the prompt of a conversation's earlier answers, trained on as well. `states`
+    are what the first `frozen` blocks of the base make of the row, where that was computed beforehand: (T, D).
     """
 
     id: str
@@ -37,6 +38,8 @@ class Encoded:
     target: list[int]  # completion + one end token
     cut: int = 0
     earlier: tuple[tuple[int, int], ...] = ()
+    states: Any = field(default=None, compare=False, repr=False)
+    frozen: int = field(default=0, compare=False)
 
     @property
     def labels(self) -> list[int]:

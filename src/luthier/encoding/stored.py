@@ -58,6 +58,10 @@ class StoredRows(Lazy[Encoded]):
         """Tokens of each row."""
         return np.diff(self._table()["ids"], prepend=0)
 
+    def prompt_lengths(self) -> np.ndarray:
+        """Prompt tokens of each row."""
+        return self._table()["prompt"].astype(np.int64)
+
     def _table(self) -> np.ndarray:
         return np.frombuffer(mapped(self._files["rows"]), ROW)
 

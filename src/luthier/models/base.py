@@ -145,8 +145,7 @@ class BaseModel:
         """Run a batch; return the states (N, D) that predict its labels."""
         segments = batch.segments
         if self.encoder_decoder:
-            states, starts = self._run_encoder_decoder(batch, segments)
-            return states.flatten(0, 1)[pad_index(batch.targets, starts, states.shape[1], owner_rows(batch))]
+            return self.decode_targets(batch, *self.encode(batch.source, segments))
         states, shift, index = self._run_decoder(batch.source, segments)
         if segments:
             self._route_targets(batch, segments)
@@ -261,10 +260,10 @@ class BaseModel:
         encoded: Tensor = self.model.get_encoder()(inputs_embeds=padded, attention_mask=mask).last_hidden_state
         return encoded, mask
 
-    def _run_encoder_decoder(self, batch: Batch, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor]:
+    def decode_targets(self, batch: Batch, encoded: Tensor, mask: Tensor) -> Tensor:
+        """Run the decoder over encoded rows (rows, L, D); return the states (N, D) that predict the labels."""
         assert batch.decoder is not None
-        encoded, mask = self.encode(batch.source, segments)
-        rows = batch.decoder_rows
+        rows, segments = batch.decoder_rows, batch.segments
         if rows != tuple(range(len(batch.source.lengths))):
             assert not segments, "several decoder rows per source row run through one tuning"
             take = torch.tensor(rows, device=encoded.device)
@@ -280,7 +279,7 @@ class BaseModel:
         if segments:
             self._route_targets(batch, segments)
         starts = torch.tensor([0, *lengths[:-1]], device=states.device).cumsum(0)
-        return states, starts
+        return states.flatten(0, 1)[pad_index(batch.targets, starts, states.shape[1], owner_rows(batch))]
 
     def _route_targets(self, batch: Batch, segments: tuple[Segment, ...]) -> None:
         owners = batch.owners.tolist()

@@ -63,6 +63,8 @@ class Batch:
     decoder: Packed | None = None
     decoder_rows: tuple[int, ...] = ()
     segments: tuple[Segment, ...] = ()
+    states: Tensor | None = None  # (T, D) of the source after `frozen` blocks, where they were computed beforehand
+    frozen: int = 0
 
     @property
     def tokens(self) -> int:
@@ -78,6 +80,7 @@ class Batch:
             targets=self.targets.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             owners=self.owners.to(device, non_blocking=True),
+            states=None if self.states is None else self.states.to(device, non_blocking=True),
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from luthier.models.base import BaseModel
 from luthier.models.batch import Batch
+from luthier.models.frozen import target_states
 
 # Rows of the head's product computed at once: (CHUNK, vocabulary) floats are the largest tensor alive.
 CHUNK = 256
@@ -21,7 +22,7 @@ CHUNK = 256
 
 def loss_sum(base: BaseModel, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
     """Summed cross-entropy (nats) of a batch's labels, differentiable; `label_smoothing` is the share of all tokens."""
-    states = base.target_states(batch)
+    states = base.target_states(batch) if batch.states is None else target_states(base, batch)
     return _HeadLoss.apply(states, batch.labels, base, label_smoothing, *base.head_parameters())  # type: ignore[no-any-return]
 
 

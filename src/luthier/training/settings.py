@@ -17,7 +17,8 @@ class TrainingSettings:
     is the noise on the embeddings of training rows. Validation runs every `validate_every` steps (None: each
     epoch); `early_stopping` ends training after that many validations without a better `watch` (loss, accuracy, or one
     of the metrics, for which answers are generated); the best weights are kept. `gradient_checkpointing` computes each
-    block again instead of keeping its inside; `halve_out_of_memory` halves `micro_batch_tokens` where a step does not fit.
+    block again instead of keeping its inside; `halve_out_of_memory` halves `micro_batch_tokens` where a step does not fit. `frozen_cache` keeps on disk what the blocks below a
+    tuning (or an untouched encoder) make of the training rows, and trains from there.
     A checkpoint is written every `checkpoint_every` steps and when a signal asks to stop. `trackers` are
     accelerate's (wandb, mlflow ...), beside the logs that are always written.
     """
@@ -44,6 +45,7 @@ class TrainingSettings:
     watch: str = "loss"
     gradient_checkpointing: bool = False
     halve_out_of_memory: bool = False
+    frozen_cache: bool = False
     checkpoint_every: int = 200
     trackers: list[str] = field(default_factory=list)
 
@@ -68,6 +70,8 @@ class TrainingSettings:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
         if self.neftune < 0:
             raise ValueError(f"neftune is {self.neftune}; it must be at least 0")
+        if self.neftune and self.frozen_cache:
+            raise ValueError("neftune puts new noise on every row, so frozen_cache has nothing to keep: choose one")
 
     def steps(self, rows: int) -> int:
         """Optimizer steps for a training split of `rows` rows."""
