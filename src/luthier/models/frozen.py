@@ -49,7 +49,7 @@ def frozen_states(base: BaseModel, packed: Packed, blocks: int) -> Tensor:
         if base.encoder_decoder:
             encoded, mask = base.encode(packed, ())
             return encoded[mask.bool()]
-        with _only(base, 0, blocks):
+        with _only(base, 0, blocks, norm=False):
             return _run(base, base.embedding(packed.ids), packed)
 
 
@@ -59,7 +59,7 @@ def target_states(base: BaseModel, batch: Batch) -> Tensor:
     states = batch.states.to(base.dtype)
     if base.encoder_decoder:
         return base.decode_targets(batch, *pad(states, batch.source.lengths))
-    with _only(base, batch.frozen, base.blocks):
+    with _only(base, batch.frozen, base.blocks, norm=True):
         return _run(base, states, batch.source)[batch.targets]
 
 
@@ -69,14 +69,14 @@ def _run(base: BaseModel, states: Tensor, packed: Packed) -> Tensor:
 
 
 @contextmanager
-def _only(base: BaseModel, start: int, stop: int) -> Iterator[None]:
-    """Within it the decoder is its blocks `start` to `stop`, and its last norm only where they reach the end."""
+def _only(base: BaseModel, start: int, stop: int, norm: bool) -> Iterator[None]:
+    """Within it the decoder is its blocks `start` to `stop`, with its last norm or without."""
     decoder = base.model.get_decoder()
-    layers, norm = decoder.layers, decoder.norm
+    layers, last = decoder.layers, decoder.norm
     decoder.layers = layers[start:stop]
-    if stop < base.blocks:
+    if not norm:
         decoder.norm = nn.Identity()
     try:
         yield
     finally:
-        decoder.layers, decoder.norm = layers, norm
+        decoder.layers, decoder.norm = layers, last
