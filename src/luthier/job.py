@@ -39,7 +39,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool 
     for tuning in recipe.tunings.values():
         if tuning.training.watch in METRICS:
             metric(tuning.training.watch).needs()
-    findings = audit(recipe, [examples for _, examples in loaded[: len(recipe.tasks)]])
+    findings = audit(recipe, [examples for _, examples in loaded])
     stop_on_errors(findings)
     _rehearse(recipe)
     directory = RunDirectory.create(Path(out), recipe, resume)

@@ -61,7 +61,14 @@ def training_rows(
         if flowing is not None:
             each.append(streamed(flowing))
             continue
-        shown = in_form(entry, _stored(examples[entry.task.name]), recipe.examples, seed, budget, encoder.count)
+        shown = in_form(
+            entry,
+            _stored(examples[entry.task.name]),
+            lambda task: recipe.examples(task, train_only=True),
+            seed,
+            budget,
+            encoder.count,
+        )
         each.append(encode(shown, f"training ({entry.task.name}, {entry.form})"))
     enriched = [enrich(rows) if isinstance(rows, StoredRows) else rows for rows in each]
     stream = Mixed(enriched, [entry.rate for entry in flat], epoch_size(chosen, count), seed)

@@ -297,3 +297,134 @@ def test_of_large_splits_a_sample_of_word_sequences_is_kept() -> None:
     read = {split: read_text(each, range(len(each)), 4) for split, each in splits(rows)}
     assert len(read["test"].shingles[0]) < 40 / 2
     assert kinds(find_leaks([("", rows)], [read])[0]) == {("nearly in training", "test"): ["3:5"]}
+
+
+def recipe_of(folder: Path, **changes: object):
+    """A recipe on files written beside it: `train`, `test` ... are rows."""
+    task = {"template": "Say it: {{ q }} ||| {{ a }}", "validation": 0, **changes.pop("task", {})}  # type: ignore[dict-item]
+    for name in ("train", "validation", "test"):
+        if isinstance(rows := changes.pop(name, None), list):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            task[name] = f"{name}.jsonl"
+    return make_recipe({"data": str(folder), "task": task, "tunings": ["zero_shot"], "retention": [], **changes})
+
+
+def plain_rows(count: int, start: int = 0) -> list[dict]:
+    draw = random.Random(start)
+    return [{"q": " ".join(draw.choice(WORDS) for _ in range(12)), "a": f"answer {start + n}"} for n in range(count)]
+
+
+def test_what_a_column_leaves_out_is_named(tmp_path: Path) -> None:
+    rows = plain_rows(20)
+    rows[3]["a"], rows[5]["q"], rows[7]["q"], rows[9]["a"] = None, None, " ", ""
+    found = kinds(audit(recipe_of(tmp_path, train=rows, test=plain_rows(5, 50))))
+    assert found == {
+        ("null field", "train"): named_rows("train", 3, 5),
+        ("empty field", "train"): named_rows("train", 7),
+        ("no target", "train"): named_rows("train", 9),
+    }
+    careful = "Say it: {{ q or 'nothing' }}, {{ a or 1 }} ||| {{ a or 'nothing' }}"
+    found = kinds(audit(recipe_of(tmp_path, train=rows, test=plain_rows(5, 50), task={"template": careful})))
+    assert found == {("empty field", "train"): named_rows("train", 3, 5, 7, 9)}
+
+
+def test_signs_make_a_sum_another_and_vowels_a_word(tmp_path: Path) -> None:
+    sums = [{"q": f"{n} {sign} 1 =", "a": str(n + 1 if sign == "+" else n - 1)} for n in range(20) for sign in "+-"]
+    hindi = [
+        {"q": f"\u0915{vowel} \u0918\u0930 {n}", "a": f"{vowel}{n}"} for n in range(5) for vowel in "\u093e\u0940\u093f"
+    ]
+    held = [{"q": f"{n} * 1 =", "a": str(n)} for n in range(20)] + [{"q": "\u0915\u0947 \u0918\u0930 1", "a": "x"}]
+    assert audit(recipe_of(tmp_path, train=sums + hindi, test=held)) == []
+    again = [{"q": " 3  + 1 = ", "a": "4"}, {"q": "\u0915\u093e \u0918\u0930 1!", "a": "x"}]
+    found = kinds(audit(recipe_of(tmp_path, train=sums + hindi, test=held + again)))
+    assert found == {("also in training", "test"): named_rows("test", 21, 22)}
+
+
+def test_signs_without_spaces_are_compared_one_by_one(tmp_path: Path) -> None:
+    draw = random.Random(3)
+    text = lambda: "".join(chr(draw.randrange(0x4E00, 0x5000)) for _ in range(40))  # noqa: E731
+    train = [{"q": text(), "a": f"a {n}"} for n in range(30)]
+    held = [{"q": text(), "a": f"b {n}"} for n in range(5)] + [{"q": train[4]["q"][:-2] + "\u4e00\u4e8c", "a": "x"}]
+    found = kinds(audit(recipe_of(tmp_path, train=train, test=held)))
+    assert found == {("nearly in training", "test"): named_rows("test", 5)}
+
+
+def test_test_rows_that_stand_in_validation_are_named(tmp_path: Path) -> None:
+    validation, test = plain_rows(10, 30), plain_rows(10, 60)
+    test[2] = dict(validation[5])
+    test[6] = {"q": validation[8]["q"] + " indeed", "a": "x"}
+    found = audit(recipe_of(tmp_path, train=plain_rows(30), validation=validation, test=test))
+    assert kinds(found) == {
+        ("also in validation", "test"): named_rows("test", 2),
+        ("nearly in validation", "test"): named_rows("test", 6),
+    }
+    assert {one.level for one in found} == {"warning"}
+
+
+def test_rows_a_template_from_outside_leaves_out_are_named(tmp_path: Path) -> None:
+    (tmp_path / "templates.yaml").write_text(
+        "dataset: x\ntemplates:\n"
+        "  1: !Template\n    name: some\n    jinja: '{% if q %}Say {{ q }} ||| {{ a }}{% endif %}'\n"
+    )
+    rows = plain_rows(12)
+    rows[4]["q"] = rows[8]["q"] = ""
+    given = {"task": {"template": "templates.yaml"}}
+    found = audit(recipe_of(tmp_path, train=rows, test=plain_rows(4, 40), **given))
+    assert [(one.kind, one.level, one.count) for one in found] == [("template does not apply", "warning", 2)]
+    assert found[0].rows[0].startswith("train.jsonl:5")
+    for row in rows:
+        row["q"] = ""
+    found = audit(recipe_of(tmp_path, train=rows, test=plain_rows(4, 40), **given))
+    assert [(one.kind, one.level, one.count) for one in found] == [("template does not apply", "error", 12)]
+
+
+def test_retention_tasks_are_audited(tmp_path: Path) -> None:
+    kept = plain_rows(6, 80)
+    kept[2] = {"q": plain_rows(20)[3]["q"], "a": "maybe"}
+    (tmp_path / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    retained = {"name": "kept", "template": "Say it: {{ q }} ||| {{ a }}", "test": "kept.jsonl"}
+    found = kinds(audit(recipe_of(tmp_path, train=plain_rows(20), test=plain_rows(5, 50), retention=[retained])))
+    assert found == {("in another task's training", "kept test"): named_rows("kept", 2)}
+    recipe = make_recipe({"task": "support-dialogues", "tunings": ["lora"]})
+    assert recipe.retention and audit(recipe) == [], "what ships is sound together"
+
+
+def test_the_forms_a_mixture_shows_are_audited(tmp_path: Path) -> None:
+    rows = [{**row, "why": "" if n % 4 == 0 else f"since {n}"} for n, row in enumerate(plain_rows(20))]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in plain_rows(5, 50))
+    )  # without reasons
+    task = {
+        "name": "t", "template": "{{ q }} ||| {{ a }}", "chain_of_thought": "{{ q }} Why? ||| {{ why }}",
+        "train": "train.jsonl", "test": "test.jsonl", "validation": 0,
+    }  # fmt: skip
+    member = {"task": task, "forms": {"zero_shot": 1, "chain_of_thought": 1}}
+    recipe = make_recipe({"data": str(tmp_path), "task": {"tasks": [member]}, "tunings": ["lora"], "retention": []})
+    found = kinds(audit(recipe))
+    assert found == {("no target", "t (chain_of_thought) train"): named_rows("train", 0, 4, 8, 12, 16)}
+
+
+def test_own_tokens_are_found_in_every_answer_of_a_conversation() -> None:
+    encoder = Encoder(tiny.byte_bpe(), encoder_decoder=False, chat=True, max_length=500)
+    rows = [
+        Example(f"1:{n}", f"and {n}?", "fine", ("fine",), shots=((f"first {n}", "well"),), learnt=1) for n in range(4)
+    ]
+    rows[2] = changed(rows[2], shots=(("first 2", "stop <|im_end|> here"),))
+    assert kinds(audit_tokens(encoder, Examples(rows, [], []))) == {("special token in the answer", "train"): ["1:2"]}
+
+
+def test_an_unknown_token_that_is_written_out_is_no_lost_sign() -> None:
+    """Where the unknown token is also the end of text, as GPT-2's, writing it out ends the answer."""
+    from copy import deepcopy
+
+    tokenizer = deepcopy(tiny.byte_bpe())
+    tokenizer.unk_token = "<|endoftext|>"
+    encoder = Encoder(tokenizer, encoder_decoder=False, chat=False, max_length=500)
+    rows = [Example(f"1:{n}", f"say {n}", "fine", ("fine",)) for n in range(4)]
+    rows[1] = changed(rows[1], completion="a <|endoftext|> b")
+    rows[3] = changed(rows[3], prompt="a <|endoftext|> b")
+    assert kinds(audit_tokens(encoder, Examples(rows, [], []))) == {
+        ("special token in the answer", "train"): ["1:1"],
+        ("special token in the prompt", "train"): ["1:3"],
+    }

@@ -251,6 +251,23 @@ def test_forms_of_the_prompt(tmp_path: Path) -> None:
     assert all("OPTIONS:" in question for one in options for question, _ in (*one.shots, (one.prompt, "")))
 
 
+def test_a_row_never_stands_among_its_own_shots(tmp_path: Path) -> None:
+    """By several templates a row stands in the split more than once, and copies have the same answer."""
+    rows = [
+        replace(example(n), prompt=f"{how} {n}", completion=f"answer {n}") for n in range(5) for how in ("ask", "say")
+    ]
+    rows += [
+        replace(example(7), prompt="twin", completion="same"),
+        replace(example(8), prompt="twin", completion="same"),
+    ]
+    train = stored(tmp_path, rows)
+    few = in_form(Entry(task("a"), "few_shot", 4, 1.0), train, load_nothing, 0, 10**6, lambda one: 1)
+    assert len(few) == 12
+    for one in few:
+        assert len(one.shots) == 4
+        assert one.completion not in {answer for _, answer in one.shots}
+
+
 def test_reasons_before_the_answer(tmp_path: Path) -> None:
     rows = [{"q": f"q{n}", "why": f"since {n}", "a": str(n)} for n in range(10)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

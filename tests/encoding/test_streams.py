@@ -100,8 +100,13 @@ def test_rows_that_cannot_be_trained_on_are_left_out_and_counted(folder: Path) -
     stream = streamed(folder, path="part-9.jsonl")
     assert ids(stream, 4) == ["part-9.jsonl:1"] * 4
     assert stream.left_out in (6, 7, 8)
-    (folder / "part-8.jsonl").write_text(json.dumps(rows[1]) + "\n")
-    nothing = Streamed(RenderedStream(task(path="part-8.jsonl"), folder, 0, None), encoder().encode_all, 10)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_stream_that_holds_nothing_to_train_on_says_so(folder: Path, shards: int) -> None:
+    for number in range(shards):
+        (folder / f"nothing-{number}.jsonl").write_text(json.dumps({"q": "no answer", "a": ""}) + "\n")
+    nothing = Streamed(RenderedStream(task(path="nothing-*.jsonl"), folder, 0, None), encoder().encode_all, 10)
     with pytest.raises(UserError, match="hold no row that can be trained on"):
         nothing.at(0)
 

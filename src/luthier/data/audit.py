@@ -32,6 +32,10 @@ KINDS: dict[str, tuple[Level, str]] = {
         "error", "There is nothing to learn: after '|||' the template renders nothing, or an answer of the chat is empty.",
     ),
     "no prompt": ("error", "The template renders nothing before '|||' for these rows: fill or remove them."),
+    "null field": (
+        "error", "The template writes None for a column that is null ({shown}): fill it, or let the template leave it out.",
+    ),
+    "empty field": ("warning", "A column that the template uses is empty ({shown}): is that meant?"),
     "empty reference": (
         "error", "A row without a human answer cannot be scored: fill the column named in `references`.",
     ),
@@ -135,6 +139,10 @@ def _defects(row: Example) -> Iterator[Defect]:
         yield Defect("no target", row.prompt)
     if not row.prompt:
         yield Defect("no prompt", row.completion)
+    if row.null:
+        yield Defect("null field", ", ".join(row.null))
+    elif row.blank and row.prompt and row.completion:
+        yield Defect("empty field", ", ".join(row.blank))
     if row.completion and not all(one.strip() for one in row.references):
         yield Defect("empty reference", "")
     if row.choices and row.completion and row.completion not in row.choices:
@@ -152,7 +160,7 @@ def row_findings(
     for kind, (level, advice) in kinds.items():
         if kind in reading.places:
             ids = [rows[place].id for place in reading.places[kind]]
-            said = advice.replace("{amount}", str(reading.amount[kind]))
+            said = advice.replace("{amount}", str(reading.amount[kind])).replace("{shown}", reading.shown[kind])
             found += finding(kind, level, split, ids, reading.shown[kind], said)
     return found
 

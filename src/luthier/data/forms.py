@@ -10,11 +10,14 @@ from luthier.cached import digest
 from luthier.data.formats.flan import options_field
 from luthier.data.formats.flan_file import SETS
 from luthier.data.lazy import Lazy
-from luthier.data.mixture import Entry
+from luthier.data.mixture import Entry, Form
 from luthier.data.shots import with_shots
 from luthier.data.stored import StoredExamples
 from luthier.data.task import Example, Examples, Task
 from luthier.data.templates import FLAN, in_set
+
+# Rows looked at for each shot that is wanted.
+SPARE = 3
 
 
 class InForm(Lazy[Example]):
@@ -47,7 +50,7 @@ class InForm(Lazy[Example]):
         example = self._shown(place)
         if not self.few_shot:
             return example
-        drawn = self._drawn(place, example)
+        drawn = self._drawn(example)
         if example.frame is None:
             return with_shots(example, [(one.prompt, one.completion) for one in drawn], self.budget, self.count_tokens)
         for kept in range(len(drawn), 0, -1):
@@ -62,14 +65,15 @@ class InForm(Lazy[Example]):
             return example
         return replace(example, prompt=f"{example.prompt}\n\n{options_field(example.choices)}")
 
-    def _drawn(self, own: int, example: Example) -> list[Example]:
+    def _drawn(self, example: Example) -> list[Example]:
         draws = random.Random(f"shots {self.seed} {example.id} {example.prompt}")
         found: list[Example] = []
-        for place in draws.sample(range(len(self)), min(self.shots + 1, len(self))):
-            if len(found) < self.shots and place != own:
-                shown = self._shown(place)
-                if shown.completion:
-                    found.append(shown)
+        for place in draws.sample(range(len(self)), min(SPARE * self.shots + 1, len(self))):
+            shown = self._shown(place)
+            # A row may stand here more than once, by several templates or as a copy: its own answer must not be shown.
+            same = shown.id == example.id or (shown.prompt, shown.completion) == (example.prompt, example.completion)
+            if shown.completion and not same and len(found) < self.shots:
+                found.append(shown)
         return found
 
 
@@ -99,17 +103,25 @@ def in_form(
     `load` reads the task once more where the form has a template of its own.
     """
     task, form = entry.task, entry.form
+    own = task_in_form(task, form)
+    if own is not None:
+        train = _stored(load(own))
     if form in ("chain_of_thought", "inverted"):
-        return _stored(load(replace(task, template=getattr(task, form), choices=None)))
-    own = next(kind for kind, of in SETS.items() if of == form)
-    pairs = isinstance(task.template, str) and task.template.startswith(FLAN)
-    if pairs:
-        assert isinstance(task.template, str)
-        train = _stored(load(replace(task, template=in_set(task.template, own))))
-    listed = form.endswith("_options") and not pairs  # FLAN's pairs say themselves where the choices stand
+        return train
+    listed = form.endswith("_options") and own is None  # FLAN's pairs say themselves where the choices stand
     if form.startswith("few_shot") or listed:
         return InForm(entry, train, train.key, seed, budget, count_tokens, listed)
     return train
+
+
+def task_in_form(task: Task, form: Form) -> Task | None:
+    """The task with the form's own template; None where the form shows the task's plain rows."""
+    if form in ("chain_of_thought", "inverted"):
+        return replace(task, template=getattr(task, form), choices=None)
+    if isinstance(task.template, str) and task.template.startswith(FLAN):
+        kind = next(kind for kind, of in SETS.items() if of == form)
+        return replace(task, template=in_set(task.template, kind))
+    return None
 
 
 def _stored(examples: Examples) -> StoredExamples:

@@ -7,12 +7,13 @@ held-out rows share (the template's), at least NEAR stand in one training row.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.audit import Reading, asked
-from luthier.data.findings import Finding, finding
+from luthier.data.findings import Finding, Level, finding
 from luthier.data.marks import SHINGLE, Marks, mark, shingles
 from luthier.data.task import SPLITS, Example, Examples, Split
 
@@ -22,6 +23,9 @@ BOILERPLATE, COMMON = 0.2, 1000
 # Bytes of the table that says at once of most word sequences that no held-out row has them.
 TABLE = 1 << 26
 
+# Where a held-out row was met: in its own task's training rows, in another task's, or (a test row) in validation rows.
+Where = Literal["own", "other", "validation"]
+Key = tuple[int, Split, int]  # task, split and place of a held-out row
 Tasks = Sequence[tuple[str, Examples]]
 Readings = Sequence[dict[Split, Reading]]
 # A held-out row, a training row's place in its task, how many of the held-out row's sequences it has.
@@ -32,7 +36,7 @@ Hit = tuple[int, int, int]
 class HeldOut:
     """The held-out rows of all tasks, and what of their word sequences is their own."""
 
-    places: list[tuple[int, Split, int]]  # task, split and place of each row
+    places: list[Key]  # of each row
     counts: NDArray[np.int64]  # (rows,) sequences of its own
     sequences: Marks  # (all sequences,) sorted
     owners: NDArray[np.int32]  # (all sequences,) the row that has it
@@ -100,21 +104,22 @@ def find_leaks(
     readings: Readings,
     search: Callable[[Sequence[Example], HeldOut], Iterable[list[Hit]]] = in_this_process,
 ) -> list[list[Finding]]:
-    """Of each task, its held-out rows that stand in training rows, its own or another task's.
+    """Of each task, its held-out rows that stand in training rows, its own or another task's, and its test rows that
+    stand in its validation rows.
 
-    `search` goes through the training rows of a task, here or in other processes.
+    `search` goes through the rows of a split, here or in other processes.
     """
     exact = _exact(readings)
     held = _held_out(readings, taken=set(exact))
-    near: dict[tuple[int, Split, int], dict[bool, tuple[int, int, int]]] = {}  # by whether it is the same task
+    near: dict[Key, dict[Where, tuple[int, int, int]]] = {}
     for number, (_, examples) in enumerate(tasks):
-        for hits in search(examples.train, held):
-            for row, place, count in hits:
-                owner = held.places[row]
-                best = near.setdefault(owner, {})
-                same = owner[0] == number
-                if count > best.get(same, (0,))[0]:
-                    best[same] = (count, number, place)
+        for split in SPLITS[:2]:
+            for hits in search(getattr(examples, split), held):
+                for row, place, count in hits:
+                    owner = held.places[row]
+                    where = _where(owner, number, split)
+                    if where and count > near.setdefault(owner, {}).get(where, (0,))[0]:
+                        near[owner][where] = (count, number, place)
     found: list[list[Finding]] = []
     for number, (_, examples) in enumerate(tasks):
         found.append([])
@@ -124,28 +129,39 @@ def find_leaks(
     return found
 
 
-def _exact(readings: Readings) -> dict[tuple[int, Split, int], dict[bool, tuple[int, int]]]:
-    """Held-out rows with a training row of the same mark: (task, place) of the first in its own and in another task."""
+def _where(owner: Key, task: int, split: Split) -> Where | None:
+    """What it means that a held-out row was met in a split of a task; None where it means nothing."""
+    if split == "train":
+        return "own" if owner[0] == task else "other"
+    return "validation" if owner[0] == task and owner[1] == "test" else None
+
+
+def _exact(readings: Readings) -> dict[Key, dict[Where, tuple[int, int]]]:
+    """Held-out rows whose mark another row has: the (task, place) of the first such row, by where it stands."""
     sizes = [len(one["train"].prompts) for one in readings]
     marks = np.concatenate([one["train"].prompts for one in readings])
     order = np.argsort(marks, kind="stable")
     inorder, starts = marks[order], np.cumsum([0, *sizes])
-    found: dict[tuple[int, Split, int], dict[bool, tuple[int, int]]] = {}
+    found: dict[Key, dict[Where, tuple[int, int]]] = {}
     for number, one in enumerate(readings):
         for split in SPLITS[1:]:
             first = np.searchsorted(inorder, one[split].prompts, "left")
             last = np.searchsorted(inorder, one[split].prompts, "right")
             for place in np.flatnonzero(last > first).tolist():
-                places: dict[bool, tuple[int, int]] = {}
+                met = found.setdefault((number, split, place), {})
                 for train in order[first[place] : last[place]].tolist():
                     task = int(np.searchsorted(starts, train, "right")) - 1
-                    places.setdefault(task == number, (task, train - int(starts[task])))
-                found[number, split, place] = places
+                    met.setdefault("own" if task == number else "other", (task, train - int(starts[task])))
+        validation, every = np.unique(one["validation"].prompts, return_index=True)
+        if len(validation):
+            spots = np.minimum(np.searchsorted(validation, one["test"].prompts), len(validation) - 1)
+            for place in np.flatnonzero(validation[spots] == one["test"].prompts).tolist():
+                found.setdefault((number, "test", place), {})["validation"] = (number, int(every[spots[place]]))
     return found
 
 
-def _held_out(readings: Readings, taken: set[tuple[int, Split, int]]) -> HeldOut:
-    places: list[tuple[int, Split, int]] = []
+def _held_out(readings: Readings, taken: set[Key]) -> HeldOut:
+    places: list[Key] = []
     counts: list[int] = []
     pieces: list[Marks] = []
     for number, one in enumerate(readings):
@@ -171,35 +187,48 @@ def _held_out(readings: Readings, taken: set[tuple[int, Split, int]]) -> HeldOut
     return HeldOut(places, np.array(counts, np.int64), sequences[order], owners[order])
 
 
+# Of each place a row may be met in: how it is called when the rows are equal, the level, why it matters.
+_TOLD: dict[Where, tuple[str, Level, str]] = {
+    "own": ("also in training", "error", "The score would measure memory: remove these rows from training."),
+    "other": (
+        "in another task's training",
+        "error",
+        "The score would measure memory: this prompt is trained on under another task's name.",
+    ),
+    "validation": (
+        "also in validation",
+        "warning",
+        "Which weights are kept was decided on this row: the score is a little better than on new ones.",
+    ),
+}
+
+
 def _told(
     tasks: Tasks,
     number: int,
     split: Split,
     rows: Sequence[Example],
-    keys: list[tuple[int, Split, int]],
-    exact: dict[tuple[int, Split, int], dict[bool, tuple[int, int]]],
-    near: dict[tuple[int, Split, int], dict[bool, tuple[int, int, int]]],
+    keys: list[Key],
+    exact: dict[Key, dict[Where, tuple[int, int]]],
+    near: dict[Key, dict[Where, tuple[int, int, int]]],
 ) -> list[Finding]:
-    """The findings of one split: word for word and nearly, in its own task's training and in another's."""
-
-    def train_id(task: int, place: int) -> str:
-        id = tasks[task][1].train[place].id
-        return id if task == number else f"{tasks[task][0]} {id}"
-
+    """The findings of one split: word for word and nearly, by where the rows were met."""
     found: list[Finding] = []
-    for same in (True, False):
-        equal = [(rows[key[2]], exact[key][same]) for key in keys if same in exact.get(key, {})]
-        close = [(rows[key[2]], near[key][same][1:]) for key in keys if same in near.get(key, {})]
-        where = "training" if same else "another task's training"
+    for where, (kind, level, why) in _TOLD.items():
+
+        def met(task: int, place: int, where: Where = where) -> str:
+            other: Sequence[Example] = tasks[task][1].validation if where == "validation" else tasks[task][1].train
+            return other[place].id if task == number else f"{tasks[task][0]} {other[place].id}"
+
+        equal = [(rows[key[2]], exact[key][where]) for key in keys if where in exact.get(key, {})]
+        close = [(rows[key[2]], near[key][where][1:]) for key in keys if where in near.get(key, {})]
         found += finding(
-            "also in training" if same else f"in {where}", "error", split, [row.id for row, _ in equal],
-            f"{equal[0][0].id} = {train_id(*equal[0][1])}: {equal[0][0].prompt}" if equal else "",
-            "The score would measure memory: "
-            + ("remove these rows from training." if same else "the mixture trains on this prompt under another task's name."),
+            kind, level, split, [row.id for row, _ in equal],
+            f"{equal[0][0].id} = {met(*equal[0][1])}: {equal[0][0].prompt}" if equal else "", why,
         )  # fmt: skip
         found += finding(
-            f"nearly in {where}", "warning", split, [row.id for row, _ in close],
-            f"{close[0][0].id} ~ {train_id(*close[0][1])}" if close else "",
-            f"At least {NEAR:.0%} of the row's word sequences stand in one training row.",
+            f"nearly {kind.removeprefix('also ')}", "warning", split, [row.id for row, _ in close],
+            f"{close[0][0].id} ~ {met(*close[0][1])}" if close else "",
+            f"At least {NEAR:.0%} of the row's word sequences stand in one row there.",
         )  # fmt: skip
     return found

@@ -39,11 +39,12 @@ def load_examples(
     seed: int,
     workers: int | None = None,
     counter: Callable[[], TokenCounter] | None = None,
+    train_only: bool = False,
 ) -> Examples:
     """Read, split and render a task, or open what an earlier call rendered of the same content.
 
     Many rows are rendered by `workers` processes, by default one a core. `counter` gives the base's tokens to templates
-    that fit a prompt into a limit. Raises UserError for unreadable rows, a split without rows and a split whose
+    that fit a prompt into a limit. `train_only` leaves the held-out rows unread. Raises UserError for unreadable rows, a split without rows and a split whose
     targets are all empty.
     """
     templates = resolve_templates(task.template, task.choices, folder) if task.template is not None else []
@@ -53,6 +54,7 @@ def load_examples(
         {
             "code": [code_digest("luthier.data"), installed("jinja2")],
             "seed": seed,
+            "train only": train_only,
             "settings": {name: value for name, value in asdict(task).items() if name not in _UNSEEN},
             "templates": [one.identity() for one in templates],
             "tokens": tokens.identity() if tokens else None,
@@ -61,21 +63,23 @@ def load_examples(
             },
         }
     )
-    made = cached("examples", key, lambda place: _render_all(Renderer(task, folder, seed, tokens), workers, place))
+    made = cached(
+        "examples", key, lambda place: _render_all(Renderer(task, folder, seed, tokens), workers, place, train_only)
+    )
     index = json.loads((made / "index.json").read_text())
     stored = {split: StoredExamples(made, split, index["rows"][split]) for split in SPLITS}
     stream = RenderedStream(task, folder, seed, tokens) if task.train and task.train.stream else None
     return Examples(**stored, skipped=index["skipped"], stream=stream)
 
 
-def _render_all(renderer: "Renderer", workers: int | None, place: Path) -> None:
+def _render_all(renderer: "Renderer", workers: int | None, place: Path, train_only: bool) -> None:
     task = renderer.task
     files = {split: ExampleFile(place, split) for split in SPLITS}
     filled: Counter[str] = Counter()
     first: dict[str, str] = {}
     skipped: list[str] = []
     try:
-        for answers in _rendered(renderer, _chunks(_asked(task, renderer.folder, renderer.seed)), workers):
+        for answers in _rendered(renderer, _chunks(_asked(task, renderer.folder, renderer.seed, train_only)), workers):
             for split, line, name, empty in answers:
                 if not line:
                     skipped.append(name)
@@ -122,15 +126,17 @@ def _chunks(rows: Iterable[Asked]) -> Iterator[list[Asked]]:
         yield chunk
 
 
-def _asked(task: Task, folder: Path, seed: int) -> Iterator[Asked]:
+def _asked(task: Task, folder: Path, seed: int, train_only: bool) -> Iterator[Asked]:
     """Every row with its split: those of the training file first, in its order."""
     if task.train and task.train.stream:
         yield from (("train", row) for row in RowStream(task.train, folder, seed).sample())
     elif task.train:
         assigned = _assignment(task, folder, seed)
         for number, row in enumerate(iterate_rows(task.train, folder)):
-            yield (SPLITS[assigned[number]] if assigned else "train"), row
-    for split in SPLITS[1:]:
+            split = SPLITS[assigned[number]] if assigned else "train"
+            if split == "train" or not train_only:
+                yield split, row
+    for split in () if train_only else SPLITS[1:]:
         if isinstance(given := getattr(task, split), Source):
             for row in iterate_rows(given, folder):
                 yield split, row
@@ -244,6 +250,9 @@ class Renderer:
                 f"{row.id}: the template renders to {len(parts)} parts; one '|||' between prompt and completion is allowed."
             )
         prompt, completion = parts
+        blank = [name for name in template.columns() if not str(row.values.get(name) or "").strip()]
+        blank = [name for name in blank if name in row.values and not isinstance(row.values[name], (int, float, list))]
+        null = [name for name in blank if row.values[name] is None and "None" in f"{prompt} {completion}"]
         return Example(
             id=row.id,
             prompt=prompt,
@@ -252,6 +261,8 @@ class Renderer:
             choices=choices,
             system=self.task.system,
             frame=template.frame(row.values, row.id),
+            blank=tuple(blank),
+            null=tuple(null),
         )
 
 

@@ -96,4 +96,6 @@ def unpacked(values: dict[str, Any]) -> Example:
         shots=tuple((question, answer) for question, answer in values.get("shots", ())),
         learnt=values.get("learnt", 0),
         frame=Frame(*values["frame"]) if "frame" in values else None,
+        blank=tuple(values.get("blank", ())),
+        null=tuple(values.get("null", ())),
     )

@@ -128,6 +128,8 @@ class Example:
     shots: tuple[tuple[str, str], ...] = ()
     learnt: int = 0
     frame: Frame | None = None
+    blank: tuple[str, ...] = ()  # columns that the template uses and this row leaves empty
+    null: tuple[str, ...] = ()  # those of them for which the template wrote "None"
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,10 @@ class Template:
         text = self._run(self.choice_text, _protect(values), where, values)
         return tuple(_unprotect(choice) for choice in text.split(SEPARATOR))
 
+    def variables(self) -> set[str]:
+        """Names of the columns that the template uses."""
+        return jinja2.meta.find_undeclared_variables(self._environment.parse(self.text))
+
     def prompt_variables(self) -> set[str]:
         """Names of the columns that the part before the first ``|||`` uses."""
         return jinja2.meta.find_undeclared_variables(_strict.parse(self.text.split(SEPARATOR)[0]))

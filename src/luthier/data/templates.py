@@ -42,6 +42,10 @@ class NamedTemplate:
         """Whether what it renders depends on the base's tokens."""
         return isinstance(self.template, TkInstructTemplate)
 
+    def columns(self) -> set[str]:
+        """The columns that the template uses, as far as they can be told."""
+        return self.template.variables()
+
     def frame(self, values: Mapping[str, Any], where: str) -> Frame | None:
         """The few-shot form that the template brings along, where it does."""
         return Frame(*self.template.frame(values, where)) if isinstance(self.template, FlanTemplate) else None

@@ -70,9 +70,10 @@ def audit_tasks(encoder: Encoder, tasks: Sequence[tuple[str, Examples]]) -> list
     What comes out is kept in the cache under a digest of the rows and the tokenizer, so that sound data are read once.
     """
     keys = [_key(encoder, examples) for _, examples in tasks]
-    own = [_task(encoder, examples, key) for (_, examples), key in zip(tasks, keys, strict=True)]
+    folders = [_audited(encoder, examples, key) for (_, examples), key in zip(tasks, keys, strict=True)]
+    own = [list(map(_finding, json.loads((folder / "found.json").read_text()))) for folder in folders]
     whole = digest([keys, [name for name, _ in tasks]])
-    place = cached("leaks", whole, lambda folder: _find_leaks(encoder, tasks, keys, folder))
+    place = cached("leaks", whole, lambda place: _find_leaks(tasks, folders, place))
     leaks = json.loads((place / "found.json").read_text())
     return [[*found, *map(_finding, each)] for found, each in zip(own, leaks, strict=True)]
 
@@ -83,8 +84,8 @@ def _key(encoder: Encoder, examples: Examples) -> str:
     return digest([code_digest("luthier.data", "luthier.encoding"), named, encoder.identity()])
 
 
-def _task(encoder: Encoder, examples: Examples, key: str) -> list[Finding]:
-    """The findings of one task by itself; beside them what the search for leaks needs of its rows is kept."""
+def _audited(encoder: Encoder, examples: Examples, key: str) -> Path:
+    """A folder with the findings of one task by itself, and what the search for leaks needs of its rows."""
 
     def make(place: Path) -> None:
         readings = _read(encoder, examples)
@@ -92,13 +93,10 @@ def _task(encoder: Encoder, examples: Examples, key: str) -> list[Finding]:
         (place / "found.json").write_text(json.dumps([asdict(one) for one in found]))
         _keep(readings, place)
 
-    place = cached("audits", key, make)
-    return list(map(_finding, json.loads((place / "found.json").read_text())))
+    return cached("audits", key, make)
 
 
-def _find_leaks(encoder: Encoder, tasks: Sequence[tuple[str, Examples]], keys: Sequence[str], place: Path) -> None:
-    folders = [cached("audits", key, lambda _: None) for key in keys]
-
+def _find_leaks(tasks: Sequence[tuple[str, Examples]], folders: Sequence[Path], place: Path) -> None:
     def search(train: Sequence[Example], held: HeldOut) -> Iterable[list[Hit]]:
         if len(train) <= FEW or processors() == 1:
             return in_this_process(train, held)
@@ -182,15 +180,19 @@ def _token_check(encoder: Encoder) -> Callable[[Example], Iterator[Defect]]:
     special = set(tokenizer.all_special_ids) - {unknown}
     frames: dict[tuple[str | None, int], int] = {}
 
-    def count(ids: Sequence[int]) -> int:
-        return len(ids) - len([one for one in ids if one not in special])
+    def own(text: str) -> set[int]:
+        """The tokenizer's own tokens: the unknown one only where it is written out, else it stands for lost signs."""
+        return special | {unknown} if unknown is not None and str(tokenizer.unk_token) in text else special
+
+    def count(ids: Sequence[int], among: set[int]) -> int:
+        return len([one for one in ids if one in among])
 
     def frame(row: Example) -> int:
         """Special tokens that the encoder itself puts around a row of this shape."""
         shape = (row.system, len(row.shots))
         if shape not in frames:
             plain = Example("", "a", "", system=row.system and "a", shots=(("a", "a"),) * len(row.shots))
-            frames[shape] = count(encoder.prompt_ids(plain))
+            frames[shape] = count(encoder.prompt_ids(plain), special)
         return frames[shape]
 
     def check(row: Example) -> Iterator[Defect]:
@@ -202,16 +204,18 @@ def _token_check(encoder: Encoder) -> Callable[[Example], Iterator[Defect]]:
             yield Defect("no room for the prompt", row.completion, encoder.max_length)
             return
         prompt = encoder.prompt_ids(row) if encoded.cut else encoded.prompt
-        target = encoded.target
         if encoded.cut:
             yield Defect("prompt cut", row.prompt, encoded.cut)
-        if special & set(target[:-1]):
-            yield Defect("special token in the answer", row.completion)
-        elif count(prompt) != frame(row):
+        answers = [answer for _, answer in row.shots[len(row.shots) - row.learnt :]] + [row.completion]
+        wrong = [one for one in answers if own(one) & set(encoder.target_ids(one)[:-1])]
+        if wrong:
+            yield Defect("special token in the answer", wrong[0])
+        elif count(prompt, own(encoder.prompt_text(row))) != frame(row):
             yield Defect("special token in the prompt", row.prompt)
         if start is not None and not encoder.chat and prompt[:2] == [start, start]:
             yield Defect("doubled start token", row.prompt)
-        if unknown is not None and unknown in target[:-1]:
-            yield Defect("signs lost", row.completion)
+        lost = [one for one in answers if unknown not in own(one) and unknown in encoder.target_ids(one)[:-1]]
+        if unknown is not None and lost:
+            yield Defect("signs lost", lost[0])
 
     return check

@@ -96,7 +96,7 @@ class Streamed:
         turn, place = self._began["turn"], self._began["place"]
         k = at_turn = self._began["k"]
         while True:
-            order = self._stream.order(turn)
+            order, began_at = self._stream.order(turn), place
             for shard in order[place:]:
                 counted = {"left_out": self.left_out, "tokens": self.tokens}
                 self._began = {"turn": turn, "place": place, "k": k, **counted}
@@ -106,7 +106,7 @@ class Streamed:
                         self.tokens += len(row)
                         yield row
                 place += 1
-            if k == at_turn and not self._began["place"]:
+            if k == at_turn and not began_at:
                 raise UserError("The streamed training rows hold no row that can be trained on.")
             turn, place, at_turn = turn + 1, 0, k
 

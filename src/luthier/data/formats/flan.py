@@ -189,6 +189,10 @@ class FlanTemplate:
         options = values.get("options", self.fields.add.get("options"))
         return tuple(map(str, options)) if isinstance(options, (list, tuple)) else None
 
+    def variables(self) -> set[str]:
+        """Names of the columns that the pair uses."""
+        return {*_PLACE.findall(self.pattern.inputs), *_PLACE.findall(self.pattern.targets)} - {"options_"}
+
     def prompt_variables(self) -> set[str]:
         """Names of the columns that the inputs use."""
         names = set(_PLACE.findall(self.pattern.inputs))

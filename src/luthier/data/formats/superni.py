@@ -66,6 +66,10 @@ class TkInstructTemplate:
         """The task's answer choices."""
         return self.fixed
 
+    def variables(self) -> set[str]:
+        """Names of the columns that it uses."""
+        return {"input", "output"}
+
     def prompt_variables(self) -> set[str]:
         """Names of the columns that must be there."""
         return {"definition", "input"} if self.form.definition else {"input"}
