@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 
 from luthier.errors import UserError
-from luthier.tuning import LoRA, PrefixTuning, PromptTuning, attach
+from luthier.tuning import LoRA, PrefixTuning, PromptTuning, attach, detach, parameters
 from luthier.tuning.files import load_tuning, pack
 
 
@@ -140,6 +140,17 @@ def test_an_unknown_method_is_named(folder: Path) -> None:
 def test_names_are_plain(name: str) -> None:
     with pytest.raises(UserError, match="may hold letters"):
         attach(tiny.make("llama"), name, LoRA())
+
+
+@pytest.mark.parametrize("name", ["half", "type", "train", "keys", "update", "float", "t-x", "_modules"])
+def test_names_may_be_words_of_the_module_classes(name: str) -> None:
+    base = tiny.make("llama")
+    attach(base, name, LoRA(rank=1))
+    owned = parameters(base, name)
+    assert len(owned) == 28 and "model.layers.0.mlp.up_proj.lora_A.weight" in owned
+    base.use(name)
+    detach(base, name)
+    assert not base.grafts.names
 
 
 def test_a_name_is_taken_once_and_a_failed_attach_leaves_no_trace() -> None:

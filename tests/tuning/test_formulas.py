@@ -126,7 +126,7 @@ def test_patterns_give_modules_their_own_rank_and_scale() -> None:
     assert shapes["model.layers.0.self_attn.v_proj.lora_A.weight"] == 1
     assert shapes["model.layers.0.mlp.up_proj.lora_A.weight"] == 4
     assert shapes["model.layers.1.mlp.up_proj.lora_A.weight"] == 9
-    scale = lambda path: base.model.get_submodule(path).deltas["t"].scale  # noqa: E731
+    scale = lambda path: base.model.get_submodule(path).delta("t").scale  # noqa: E731
     assert scale("model.layers.0.self_attn.q_proj") == pytest.approx(12 / 4**0.5)
     assert scale("model.layers.1.mlp.up_proj") == pytest.approx(8 / 9**0.5)
     with pytest.raises(UserError, match="alpha pattern 'k_prj' matches none of the 14 targets"):

@@ -63,7 +63,7 @@ class Grafts:
         if not isinstance(current, Grafted):
             current = Grafted(current, self.route)
             setattr(owner, key, current)
-        current.deltas[name] = delta
+        current.add(name, delta)
 
     def graft_prompt(self, name: str, vectors: Parameter) -> None:
         """Put (P, D) vectors before every row of this tuning (of the encoder, where there is one)."""
@@ -97,8 +97,8 @@ class Grafts:
         self._known(name)
         parameters: dict[str, Parameter] = {}
         for path, grafted in self._grafted():
-            if name in grafted.deltas:
-                for key, parameter in grafted.deltas[name].named_parameters():
+            if (delta := grafted.delta(name)) is not None:
+                for key, parameter in delta.named_parameters():
                     parameters[f"{path}.{key}"] = parameter
         if name in self.prompts:
             parameters["prompt_embeddings"] = self.prompts[name]
@@ -110,8 +110,8 @@ class Grafts:
     def deltas(self, name: str) -> dict[str, tuple[nn.Module, Delta]]:
         """The modules that a tuning grafted on, each with its delta, by path."""
         self._known(name)
-        found = [(path, grafted) for path, grafted in self._grafted() if name in grafted.deltas]
-        return {path: (grafted.base, grafted.deltas[name]) for path, grafted in found}  # type: ignore[misc]
+        found = [(path, grafted.base, grafted.delta(name)) for path, grafted in self._grafted()]
+        return {path: (module, delta) for path, module, delta in found if delta is not None}
 
     def use(self, name: str | None, merged: bool = False) -> None:
         """Make one tuning (None: the bare base) answer every row; moves pointers, not weights.
@@ -177,8 +177,7 @@ class Grafts:
         if any(part[0] == name for part in self.route.parts) or (self._folded and self._folded[0] == name):
             self.use(None)
         for path, grafted in self._grafted():
-            if name in grafted.deltas:
-                del grafted.deltas[name]
+            grafted.discard(name)
             if not grafted.deltas:
                 parent, _, key = path.rpartition(".")
                 setattr(self.modules[parent] if parent else self.model, key, grafted.base)
