@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from luthier.errors import UserError
+from luthier.files import plain_name
 from luthier.models.batch import Segment
 from luthier.models.fold import FoldedInPlace
 from luthier.models.grafted import Delta, Grafted, Route
@@ -51,7 +52,7 @@ class Grafts:
         """Reserve the name of a new tuning."""
         if name in self.names:
             raise UserError(f"A tuning named {name!r} is attached already. Attached: {', '.join(self.names)}.")
-        if not name or not all(sign.isalnum() or sign in "-_" for sign in name):
+        if not plain_name(name):
             raise UserError(f"The tuning name {name!r} may hold letters, digits, '-' and '_' only.")
         self.names.append(name)
 
