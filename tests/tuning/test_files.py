@@ -7,8 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny
+from tests.laws.test_methods import batch_of, disturb, make_rows, scores
 
 from luthier.errors import UserError
+from luthier.models.batch import Segment
+from luthier.models.loss import label_scores
 from luthier.tuning import LoRA, PrefixTuning, PromptTuning, attach, detach, parameters
 from luthier.tuning.files import load_tuning, pack
 
@@ -110,6 +113,34 @@ def test_a_prefix_of_pefts_for_other_heads_is_refused(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
     refused(tmp_path, r"has \(layers, heads, width\) \(2, 4, 16\); this base has \(2, 2, 16\)")
+
+
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [
+        ("gpt2", "transformer.wpe"),
+        ("t5", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
+        ("opt", "model.decoder.embed_positions"),
+    ],
+)
+def test_positions_are_embedded_for_all_rows_at_once(family: str, module: str) -> None:
+    base = tiny.make(family)
+    end = module.rpartition(".")[2]
+    with pytest.raises(UserError, match="matches no module"):
+        attach(base, "t", LoRA(rank=1, targets=end))
+    if family == "opt":  # reads the mask too
+        with pytest.raises(UserError, match="reads more than the numbers it looks up"):
+            attach(base, "t", LoRA(rank=1, targets=module))
+        return
+    attach(base, "t", LoRA(rank=1, targets=module))  # as files of PEFT's may have it
+    disturb(base, "t")
+    rows = make_rows(base, 4)
+    before = scores(base, rows)
+    mixed = batch_of(base, rows, (Segment("t", 0, 2), Segment(None, 2, 4)))
+    with pytest.raises(UserError, match=f"'t' changes {module}, which works for all rows"):
+        label_scores(base, mixed)
+    alone = label_scores(base, batch_of(base, rows, (Segment("t", 0, 4),)))[0]
+    assert not torch.equal(alone, before)
 
 
 def test_every_bad_key_is_listed(folder: Path) -> None:

@@ -30,6 +30,7 @@ class Grafts:
         self.prompts: dict[str, Parameter] = {}  # name -> (P, D)
         self.prefixes: dict[str, Prefix] = {}
         self.substitutes: dict[str, dict[str, Parameter]] = {}
+        self._alone: dict[str, str] = {}  # name -> a module it grafted on that works for all rows at once
         self._where: dict[str, dict[str, Sequence[str]]] = {}
         self.names: list[str] = []
         self._substituted: str | None = None
@@ -56,8 +57,10 @@ class Grafts:
             raise UserError(f"The tuning name {name!r} may hold letters, digits, '-' and '_' only.")
         self.names.append(name)
 
-    def graft_module(self, path: str, name: str, delta: Delta) -> None:
-        """Add a tuning's delta to the module at `path`."""
+    def graft_module(self, path: str, name: str, delta: Delta, shared: bool = False) -> None:
+        """Add a tuning's delta to the module at `path`; a `shared` one works for all rows of a batch at once."""
+        if shared:
+            self._alone[name] = path
         parent, _, key = path.rpartition(".")
         owner = self.modules[parent] if parent else self.model
         current = getattr(owner, key)
@@ -137,6 +140,12 @@ class Grafts:
                 f"The tuning {swapped[0]!r} replaces whole weights, so its rows need a batch of their own; "
                 f"this one also holds rows of {', '.join(sorted(str(name) for name in names - {swapped[0]}))}."
             )
+        alone = sorted(name for name in names if name in self._alone)
+        if alone and len(names) > 1:
+            raise UserError(
+                f"The tuning {alone[0]!r} changes {self._alone[alone[0]]}, which works for all rows of a batch at once, so "
+                "its rows need a batch of their own."
+            )
         self._unfold()
         self._place(swapped[0] if swapped else None)
         self.route.parts = tuple((segment.name, part) for segment, part in zip(segments, parts, strict=True))
@@ -182,6 +191,7 @@ class Grafts:
             if not grafted.deltas:
                 parent, _, key = path.rpartition(".")
                 setattr(self.modules[parent] if parent else self.model, key, grafted.base)
+        self._alone.pop(name, None)
         self.prompts.pop(name, None)
         self.prefixes.pop(name, None)
         self.substitutes.pop(name, None)

@@ -9,6 +9,7 @@ s = alpha / sqrt(r); DoRA is in `dora.py`, LoRA on an embedding in `lora_embeddi
     q_proj: Linear   ->   q_proj: Grafted(base=Linear, deltas={name: LowRank(A, B)})
 """
 
+import inspect
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier.errors import UserError
 from luthier.models.base import BaseModel
 from luthier.models.grafted import Delta
+from luthier.models.parts import embeddings
 from luthier.tuning import peft
 from luthier.tuning.copies import copies_of_modules
 from luthier.tuning.dora import DoRA, DoRAEmbedding
@@ -84,6 +86,7 @@ class LoRA:
         for one in (*self.rank_pattern, *self.alpha_pattern):
             if not any(_ends(path, one) for path in targets):
                 raise UserError(f"The rank or alpha pattern {one!r} matches none of the {len(targets)} targets.")
+        shared = _shared(base, targets)
         for path, module in targets.items():
             rank, alpha = _pick(self.rank_pattern, path, self.rank), _pick(self.alpha_pattern, path, self.alpha)
             drawn = (rank, alpha / (math.sqrt(rank) if self.rslora else rank), self.dropout, generator)
@@ -93,7 +96,7 @@ class LoRA:
                 delta = DoRAEmbedding(module, *drawn, where) if self.dora else LowRankEmbedding(module, *drawn)
             else:
                 delta = DoRA(module, *drawn, where) if self.dora else LowRank(features(module), *drawn)
-            base.grafts.graft_module(path, name, delta.to(where))
+            base.grafts.graft_module(path, name, delta.to(where), shared=path in shared)
         if self.modules_to_save:
             base.grafts.substitute(name, *copies_of_modules(base, self.modules_to_save, self.untie))
 
@@ -172,6 +175,15 @@ class LoRA:
                 continue
             found[own] = tensor
         return found
+
+
+def _shared(base: BaseModel, targets: Mapping[str, nn.Module]) -> set[str]:
+    """The targets that are embeddings, but not of tokens."""
+    found = {path for path, module in targets.items() if isinstance(module, nn.Embedding)} - embeddings(base).keys()
+    for path in found:
+        if len(inspect.signature(targets[path].forward).parameters) > 1:
+            raise UserError(f"{path} reads more than the numbers it looks up, so LoRA cannot stand beside it.")
+    return found
 
 
 def _ends(path: str, pattern: str) -> bool:
