@@ -143,6 +143,17 @@ def test_positions_are_embedded_for_all_rows_at_once(family: str, module: str) -
     assert not torch.equal(alone, before)
 
 
+def test_segments_name_attached_tunings_and_follow_one_another() -> None:
+    base = tiny.make("llama")
+    attach(base, "t", LoRA(rank=1))
+    rows = make_rows(base, 4)
+    with pytest.raises(UserError, match="No tuning named 'u' is attached"):
+        label_scores(base, batch_of(base, rows, (Segment("t", 0, 2), Segment("u", 2, 4))))
+    for spans in ([(2, 4), (0, 2)], [(0, 2), (3, 4)], [(0, 3), (2, 4)], [(1, 2), (2, 4)], [(0, 2), (2, 3)]):
+        with pytest.raises(AssertionError, match=r"segment"):
+            label_scores(base, batch_of(base, rows, tuple(Segment("t", *span) for span in spans)))
+
+
 def test_every_bad_key_is_listed(folder: Path) -> None:
     weights = folder / "adapter_model.safetensors"
     tensors = load_file(weights)

@@ -132,8 +132,17 @@ class Grafts:
             self.route.one(None)
 
     def use_segments(self, segments: tuple[Segment, ...], parts: tuple[slice, ...], axis: int) -> None:
-        """Give each segment of a batch to its own tuning; `parts` are its slices along `axis`."""
+        """Give each segment of a batch to its own tuning; `parts` are its slices along `axis`.
+
+        Raises UserError for a tuning that is not attached, and where tunings cannot share a batch.
+        """
         names = {segment.name for segment in segments}
+        for name in names - {None}:
+            self._known(str(name))
+        starts = [0, *(segment.stop for segment in segments)]
+        assert starts[:-1] == [segment.start for segment in segments] and starts == sorted(starts), (
+            "segments follow one another from row 0 on"
+        )
         swapped = sorted(name for name in names if name in self.substitutes)
         if swapped and len(names) > 1:
             raise UserError(
