@@ -25,7 +25,7 @@ from luthier.models.base import BaseModel
 from luthier.models.grafted import Delta
 from luthier.models.parts import embeddings
 from luthier.tuning import peft
-from luthier.tuning.copies import copies_of_modules
+from luthier.tuning.copies import copies_of_modules, paths_of_modules
 from luthier.tuning.dora import DoRA, DoRAEmbedding
 from luthier.tuning.lora_embedding import LowRankEmbedding
 from luthier.tuning.low_rank import LowRank, features
@@ -101,7 +101,13 @@ class LoRA:
             base.grafts.substitute(name, *copies_of_modules(base, self.modules_to_save, self.untie))
 
     def _targets(self, base: BaseModel) -> dict[str, nn.Module]:
-        return match_modules(base, self.targets, (*LINEAR, nn.Embedding), self.layers)
+        found = match_modules(base, self.targets, (*LINEAR, nn.Embedding), self.layers)
+        # As in PEFT, what is trained whole has no product beside it.
+        whole = tuple(f"{path}." for path in paths_of_modules(base, self.modules_to_save))
+        left = {path: module for path, module in found.items() if not f"{path}.".startswith(whole)}
+        if not left:
+            raise UserError("Every target is among modules_to_save, so LoRA has nothing to stand beside.")
+        return left
 
     def virtual_tokens(self) -> int:
         """None."""
@@ -125,7 +131,7 @@ class LoRA:
             "use_dora": self.dora,
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
-            "modules_to_save": self.modules_to_save or None,
+            "modules_to_save": paths_of_modules(base, self.modules_to_save) or None,
         }
 
     @classmethod
