@@ -51,6 +51,7 @@ def theirs(family: str) -> dict[str, "peft.PeftConfig"]:
         "regex": peft.LoraConfig(task_type=task, r=2, target_modules=rf".*\.(0|1)\..*\.{some[0]}"),
         "embeddings": peft.LoraConfig(task_type=task, r=2, target_modules=[*some, *EMBEDDINGS[family]]),
         "dora-embeddings": peft.LoraConfig(task_type=task, r=2, target_modules=EMBEDDINGS[family], use_dora=True),
+        "tied-head": peft.LoraConfig(task_type=task, r=2, target_modules=[*EMBEDDINGS[family], "lm_head"]),
         "modules-to-save": peft.LoraConfig(task_type=task, r=2, target_modules=some, modules_to_save=["lm_head"]),
         "prompt": peft.PromptTuningConfig(task_type=task, num_virtual_tokens=4),
         "prefix": peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=4),

@@ -25,7 +25,7 @@ from luthier.models.base import BaseModel
 from luthier.models.grafted import Delta
 from luthier.models.parts import embeddings
 from luthier.tuning import peft
-from luthier.tuning.copies import copies_of_modules, paths_of_modules
+from luthier.tuning.copies import all_places, copies_of_modules, paths_of_modules
 from luthier.tuning.dora import DoRA, DoRAEmbedding
 from luthier.tuning.lora_embedding import LowRankEmbedding
 from luthier.tuning.low_rank import LowRank, features
@@ -173,10 +173,10 @@ class LoRA:
 
     def from_file(self, base: BaseModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From PEFT's keys; the base's embeddings, which PEFT may add, are left out where they are this base's."""
-        found = {}
+        found, places = {}, all_places(base)
         for key, tensor in tensors.items():
             own = key.removeprefix(peft.PREFIX)
-            theirs = base.grafts.originals.get(own.replace(".base_layer.", "."))
+            theirs = base.grafts.originals.get(places.get(own.replace(".base_layer.", "."), ""))
             if ".base_layer." in own and theirs is not None and torch.equal(tensor.to(theirs), theirs):
                 continue
             found[own] = tensor
