@@ -53,6 +53,8 @@ def theirs(family: str) -> dict[str, "peft.PeftConfig"]:
         "dora-embeddings": peft.LoraConfig(task_type=task, r=2, target_modules=EMBEDDINGS[family], use_dora=True),
         "tied-head": peft.LoraConfig(task_type=task, r=2, target_modules=[*EMBEDDINGS[family], "lm_head"]),
         "modules-to-save": peft.LoraConfig(task_type=task, r=2, target_modules=some, modules_to_save=["lm_head"]),
+        "modules-by-bare-end": peft.LoraConfig(task_type=task, r=2, target_modules=some, modules_to_save=["m_head"]),
+        "no-layers": peft.LoraConfig(task_type=task, r=2, target_modules=some, layers_to_transform=[]),
         "prompt": peft.PromptTuningConfig(task_type=task, num_virtual_tokens=4),
         "prefix": peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=4),
         "prefix-network": peft.PrefixTuningConfig(

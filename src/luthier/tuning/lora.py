@@ -147,8 +147,9 @@ class LoRA:
         )
         peft.refuse_others(config, known)
         targets = peft.chosen_modules(base, config, (*LINEAR, nn.Embedding))
-        whole = config.get("modules_to_save") or []
-        targets = [path for path in targets if not any(re.match(rf"(^|.*\.){one}($|\..*)", path) for one in whole)]
+        ends = tuple(config.get("modules_to_save") or ())
+        whole = [path for path in base.grafts.modules if path.endswith(ends)]  # PEFT does not look for a dot
+        targets = [path for path in targets if not any(re.match(rf"(^|.*\.){one}($|\..*)", path) for one in ends)]
 
         def met(key: str) -> dict[str, Any]:  # PEFT lets patterns be that no target meets
             given = config.get(key) or {}
@@ -161,7 +162,7 @@ class LoRA:
             targets=targets,
             rslora=bool(config.get("use_rslora")),
             dora=bool(config.get("use_dora")),
-            modules_to_save=list(whole),
+            modules_to_save=whole,
             untie=bool(whole),
             rank_pattern=met("rank_pattern"),
             alpha_pattern=met("alpha_pattern"),
