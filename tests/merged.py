@@ -19,9 +19,9 @@ def merged_copy(base: BaseModel, name: str) -> BaseModel:
         if not isinstance(module, Grafted):
             continue
         plain = module.base
-        if name in module.deltas:
+        if (delta := module.delta(name)) is not None:
             bias = getattr(plain, "bias", None)
-            merged = module.deltas[name].merged(dense_weight(plain), None if bias is None else bias.float())
+            merged = delta.merged(dense_weight(plain), None if bias is None else bias.float())
             assert merged is not None, f"{path} does not merge"
             weight = merged[0].T if isinstance(plain, Conv1D) else merged[0]
             plain.weight = Parameter(weight.detach().to(plain.weight.dtype).contiguous())

@@ -108,6 +108,31 @@ def test_a_mistake_is_one_message_with_what_is_allowed(recipe_file: Path, change
         load_recipe(recipe_file, [change])
 
 
+@pytest.mark.parametrize("name", ["../../evil", "/evil", "lora.trained", "a b", "", "base"])
+@pytest.mark.parametrize("method", ["zero_shot", "lora"])
+def test_a_tuning_may_not_be_named_so(recipe_file: Path, name: str, method: str) -> None:
+    content = yaml.safe_load(recipe_file.read_text()) | {"tunings": {name: {"method": method}}}
+    with pytest.raises(UserError, match="letters, digits|may not be named 'base'"):
+        make_recipe(content)
+
+
+@pytest.mark.parametrize("name", ["../evil", "/evil", "a/../b", "..", "", "a\\b", "a\0b"])
+def test_a_task_may_not_be_named_so(recipe_file: Path, name: str) -> None:
+    content = yaml.safe_load(recipe_file.read_text())
+    content["task"]["name"] = name
+    with pytest.raises(UserError, match="is no relative path"):
+        make_recipe(content)
+
+
+def test_two_tasks_do_not_share_a_file_of_answers(recipe_file: Path) -> None:
+    content = yaml.safe_load(recipe_file.read_text())
+    tasks = [{"task": content["task"] | {"name": name, "metrics": ["rougeL"]}} for name in ("a/b", "a-b")]
+    with pytest.raises(UserError, match="would be one file"):
+        make_recipe(content | {"task": {"tasks": tasks}})
+    tasks[1]["task"]["name"] = "a/c"
+    assert len(make_recipe(content | {"task": {"tasks": tasks}}).tasks) == 2
+
+
 def test_every_mistake_is_named_at_once(recipe_file: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_recipe(recipe_file, ["sed=1", "tunings.lora.rnk=2", "base.devise=cpu"])

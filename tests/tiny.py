@@ -158,7 +158,7 @@ def make(
                 pad_token_id=0,
                 bos_token_id=1,
                 eos_token_id=2,
-                dropout=0.0,
+                dropout=0.1,
             )
         )
     elif family == "t5":

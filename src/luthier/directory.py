@@ -15,9 +15,7 @@ import yaml
 from luthier.data.findings import Finding
 from luthier.errors import UserError, nearest
 from luthier.files import write_json, write_whole
-from luthier.recipe import Recipe, differing_key, make_recipe, recipe_yaml
-
-BASELINE = "base"  # the stage that scores the untouched base on the retention tasks
+from luthier.recipe import Recipe, differing_key, file_part, make_recipe, recipe_yaml
 
 
 class RunDirectory:
@@ -123,7 +121,7 @@ class RunDirectory:
         return found
 
     def _predictions(self, name: str, task: str) -> Path:
-        suffix = "" if task == self.recipe().task.name else f".{task.replace('/', '-')}"
+        suffix = "" if task == self.recipe().task.name else f".{file_part(task)}"
         return self.path / "predictions" / f"{name}{suffix}.jsonl"
 
     def save_audit(self, findings: Sequence[Finding]) -> None:

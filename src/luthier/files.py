@@ -13,6 +13,11 @@ from safetensors import SafetensorError
 from luthier.errors import UserError
 
 
+def plain_name(name: str) -> bool:
+    """Whether a name may be part of a path as it is: letters, digits, '-' and '_' only."""
+    return bool(name) and all(sign.isalnum() or sign in "-_" for sign in name)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary file to write; then fsync and rename it, so a kill or a full disk leaves the old one.

@@ -1,9 +1,7 @@
 """Rows of a finished run that its tunings were not trained on."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from luthier.data.load import load_examples
 from luthier.data.task import Example, Task
 from luthier.errors import UserError
 from luthier.recipe import Recipe
@@ -16,7 +14,7 @@ def held_out(recipe: Recipe, tuning: str, limit: int) -> tuple[str, list[tuple[T
     """
     names = recipe.tunings[tuning].tasks
     tasks = [task for task in recipe.tasks if not names or task.name in names]
-    loaded = [load_examples(task, Path(recipe.data), recipe.seed) for task in tasks]
+    loaded = [recipe.examples(task) for task in tasks]
     split = "validation" if all(examples.validation for examples in loaded) else "test"
     share = max(1, limit // len(tasks))
     found: list[tuple[Task, Sequence[Example]]] = [

@@ -9,14 +9,14 @@ from typing import Any
 from luthier.audit_rows import audit, stop_on_errors
 from luthier.data.shots import needs_similar
 from luthier.data.task import Task
-from luthier.directory import BASELINE, RunDirectory
+from luthier.directory import RunDirectory
 from luthier.errors import Interrupted, UserError
 from luthier.evaluation.human import human_score
 from luthier.files import write_json, write_whole
 from luthier.metrics import METRICS, metric
 from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
-from luthier.recipe import Recipe
+from luthier.recipe import BASELINE, Recipe
 from luthier.report.build import build_report
 from luthier.report.page import page
 from luthier.report.schema import Report

@@ -22,11 +22,14 @@ from luthier.data.mixture import Member, Mixture, TaskOrMixture
 from luthier.data.task import Examples, Task
 from luthier.encoding.encoder import Encoder, PromptTokens
 from luthier.errors import UserError, nearest
+from luthier.files import plain_name
 from luthier.metrics import metric, reading
 from luthier.models.load import DEFAULT_CONTEXT, BaseSpec, context_length, read_tokenizer
 from luthier.shorthand import expand
 from luthier.training.settings import TrainingSettings
 from luthier.tuning import METHODS, Method, Prompting, PromptTuning
+
+BASELINE = "base"  # the stage that scores the untouched base on the retention tasks
 
 if TYPE_CHECKING:
     AnyMethod = Method | Prompting
@@ -89,6 +92,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
+        self._check_names()
         for name, tuning in self.tunings.items():
             if tuning.tasks is not None:
                 if not isinstance(self.task, Mixture):
@@ -118,6 +122,20 @@ class Recipe(BaseModel):
                         f"{task.judged_by[-1]}, which is no share from 0 to 1; put one that is last in its metrics"
                     )
         return self
+
+    def _check_names(self) -> None:
+        """Tunings and tasks name files of the run directory."""
+        for name in self.tunings:
+            if not plain_name(name):
+                raise ValueError(f"the tuning name {name!r} may hold letters, digits, '-' and '_' only")
+            if name == BASELINE:
+                raise ValueError(f"a tuning may not be named {name!r}: so the run names the scores of the bare base")
+        parts: dict[str, str] = {}
+        for task in self.tasks:
+            if not task.name.isprintable() or "\\" in task.name or {"", ".", ".."} & set(task.name.split("/")):
+                raise ValueError(f"the task name {task.name!r} is no relative path, which names its file of answers")
+            if (other := parts.setdefault(file_part(task.name), task.name)) != task.name:
+                raise ValueError(f"the answers of the tasks {other!r} and {task.name!r} would be one file; rename one")
 
     def encoder(self, tokenizer: Any, encoder_decoder: bool, context: int) -> Encoder:
         """The encoder this recipe means for a base."""
@@ -171,6 +189,11 @@ def make_recipe(content: Mapping[str, Any], changes: Sequence[str] = (), where: 
         return Recipe.model_validate(whole)
     except ValidationError as error:
         raise UserError("\n".join(f"{where}: {_explain(one)}" for one in _apart(error))) from None
+
+
+def file_part(task: str) -> str:
+    """A task's name as part of a file name."""
+    return task.replace("/", "-")
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -280,4 +303,4 @@ def differing_key(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: st
     return None
 
 
-__all__ = ["Recipe", "Tuning", "differing_key", "load_recipe", "make_recipe", "recipe_yaml"]
+__all__ = ["BASELINE", "Recipe", "Tuning", "differing_key", "file_part", "load_recipe", "make_recipe", "recipe_yaml"]

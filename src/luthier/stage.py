@@ -17,7 +17,7 @@ from typing import Any
 from luthier.data.mixture import Mixture
 from luthier.data.shots import choose_shots, similar_shots, with_shots
 from luthier.data.task import Example, Examples, Task
-from luthier.directory import BASELINE, RunDirectory
+from luthier.directory import RunDirectory
 from luthier.encoding.batches import encode_all
 from luthier.encoding.encoder import Encoded, Encoder
 from luthier.errors import Interrupted, UserError
@@ -28,7 +28,7 @@ from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
 from luthier.models.memory import peak_bytes, resident_bytes
 from luthier.progress import Progress
-from luthier.recipe import Recipe
+from luthier.recipe import BASELINE, Recipe
 from luthier.training.frozen_rows import frozen_rows
 from luthier.training.log import log_hooks, tracker_hooks
 from luthier.training.loop import Validation, train

@@ -1,5 +1,7 @@
 """The numbers of a merge certificate, against a plain loop over transformers' own logits."""
 
+import math
+
 import pytest
 import torch
 from tests import tiny
@@ -7,6 +9,7 @@ from tests.laws.test_methods import disturb, make_rows
 from torch import Tensor
 
 from luthier.encoding.encoder import Encoded
+from luthier.errors import UserError
 from luthier.evaluation.certificate import Drift, drift
 from luthier.models.base import BaseModel
 from luthier.tuning import LoRA, attach
@@ -64,3 +67,16 @@ def test_both_limits_count() -> None:
     found = Drift(tokens=10, largest_logit_difference=1.0, kl=0.01, flips=0.1, reference_loss=1.0, loss=1.0)
     assert found.within(0.01, 0.1)
     assert not found.within(0.0099, 0.1) and not found.within(0.01, 0.09)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_is_no_number_is_infinitely_far_and_no_reference(wrong: float) -> None:
+    base, broken = tiny.make("llama"), tiny.make("llama")
+    with torch.no_grad():
+        broken.model.model.norm.weight[3] = wrong
+    rows = make_rows(base)
+    found = drift(base, broken, rows)
+    assert found.kl == found.largest_logit_difference == math.inf
+    assert not found.within(math.inf, 1.0)
+    with pytest.raises(UserError, match="NaN or infinite"):
+        drift(broken, base, rows)

@@ -41,6 +41,7 @@ VARIANTS: dict[str, tuple[Method, tuple[str, ...]]] = {
         ("llama", "gpt2", "t5"),
     ),
     "lora-last-block": (LoRA(rank=2, targets="attention", layers=[-1]), ("llama", "opt", "t5")),
+    "lora-first-block": (LoRA(rank=2, targets="*.0.*"), ("gpt2", "t5", "t5-gated")),
     "lora-head": (LoRA(rank=2, targets="lm_head"), ("llama", "gemma2", "t5")),
     "lora-modules-to-save": (LoRA(rank=2, modules_to_save=["lm_head"], untie=True), ("llama", "qwen2", "t5")),
     "bottleneck-houlsby": (Bottleneck("bottleneck", "houlsby", 8, "gelu"), ("llama", "gpt2", "gemma2", "opt", "t5")),

@@ -49,7 +49,8 @@ class Times(Delta):
 def grafted() -> tuple[Grafted, Recorder, Route]:
     base, route = Recorder(), Route()
     module = Grafted(base, route)
-    module.deltas.update({"a": Plus(2.0), "b": Times(3.0), "c": Plus(-1.0)})
+    for name, delta in {"a": Plus(2.0), "b": Times(3.0), "c": Plus(-1.0)}.items():
+        module.add(name, delta)
     return module, base, route
 
 

@@ -51,7 +51,10 @@ def theirs(family: str) -> dict[str, "peft.PeftConfig"]:
         "regex": peft.LoraConfig(task_type=task, r=2, target_modules=rf".*\.(0|1)\..*\.{some[0]}"),
         "embeddings": peft.LoraConfig(task_type=task, r=2, target_modules=[*some, *EMBEDDINGS[family]]),
         "dora-embeddings": peft.LoraConfig(task_type=task, r=2, target_modules=EMBEDDINGS[family], use_dora=True),
+        "tied-head": peft.LoraConfig(task_type=task, r=2, target_modules=[*EMBEDDINGS[family], "lm_head"]),
         "modules-to-save": peft.LoraConfig(task_type=task, r=2, target_modules=some, modules_to_save=["lm_head"]),
+        "modules-by-bare-end": peft.LoraConfig(task_type=task, r=2, target_modules=some, modules_to_save=["m_head"]),
+        "no-layers": peft.LoraConfig(task_type=task, r=2, target_modules=some, layers_to_transform=[]),
         "prompt": peft.PromptTuningConfig(task_type=task, num_virtual_tokens=4),
         "prefix": peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=4),
         "prefix-network": peft.PrefixTuningConfig(
@@ -131,3 +134,25 @@ def test_we_open_pefts(family: str, kind: str, tmp_path: Path) -> None:
     load_tuning(base, tmp_path, "t")
     base.use("t")
     close(all_logits(base, inputs, ones), expected, bare)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("modules", [["mlp.up_proj"], ["mlp"], ["*.1.self_attn", "norm"]])
+def test_what_is_saved_whole_has_no_product_beside_it(modules: list[str], tmp_path: Path) -> None:
+    base, again = tiny.make("llama"), tiny.make("llama")
+    inputs = inputs_for(base)
+    ones = torch.ones_like(inputs["input_ids"])
+    bare, plain = all_logits(base, inputs, ones), plain_copy(base)
+    attach(base, "t", LoRA(rank=2, modules_to_save=modules), seed=1)
+    with torch.no_grad():
+        for parameter in parameters(base, "t").values():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    base.use("t")
+    for file, content in pack(base, "t").items():
+        (tmp_path / file).write_bytes(content)
+    opened = peft.PeftModel.from_pretrained(plain, tmp_path)
+    close(all_logits(base, inputs, ones), peft_logits(opened.eval(), inputs, False), bare)
+    (tmp_path / "luthier.json").unlink()
+    load_tuning(again, tmp_path, "t")
+    again.use("t")
+    assert torch.equal(all_logits(again, inputs, ones), all_logits(base, inputs, ones))

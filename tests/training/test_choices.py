@@ -59,6 +59,8 @@ def test_checkpointed_gradients_are_the_same_bits(family: str) -> None:
     assert same(found[0], found[1]) and found[0]
     blocks = [module for module in base.model.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert blocks and not any(block.training for block in blocks), "blocks are back in eval mode"
+    if family == "opt":
+        assert all(block.dropout == 0.1 for block in blocks), "their own dropout is back"
 
 
 @pytest.mark.parametrize("method", [IA3(), LoRA(rank=2, dora=True), PrefixTuning(length=3), Bottleneck(reduction=8)])

@@ -7,9 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny
+from tests.laws.test_methods import batch_of, disturb, make_rows, scores
 
 from luthier.errors import UserError
-from luthier.tuning import LoRA, PrefixTuning, PromptTuning, attach
+from luthier.models.batch import Segment
+from luthier.models.loss import label_scores
+from luthier.tuning import LoRA, PrefixTuning, PromptTuning, attach, detach, parameters
 from luthier.tuning.files import load_tuning, pack
 
 
@@ -112,6 +115,45 @@ def test_a_prefix_of_pefts_for_other_heads_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, r"has \(layers, heads, width\) \(2, 4, 16\); this base has \(2, 2, 16\)")
 
 
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [
+        ("gpt2", "transformer.wpe"),
+        ("t5", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
+        ("opt", "model.decoder.embed_positions"),
+    ],
+)
+def test_positions_are_embedded_for_all_rows_at_once(family: str, module: str) -> None:
+    base = tiny.make(family)
+    end = module.rpartition(".")[2]
+    with pytest.raises(UserError, match="matches no module"):
+        attach(base, "t", LoRA(rank=1, targets=end))
+    if family == "opt":  # reads the mask too
+        with pytest.raises(UserError, match="reads more than the numbers it looks up"):
+            attach(base, "t", LoRA(rank=1, targets=module))
+        return
+    attach(base, "t", LoRA(rank=1, targets=module))  # as files of PEFT's may have it
+    disturb(base, "t")
+    rows = make_rows(base, 4)
+    before = scores(base, rows)
+    mixed = batch_of(base, rows, (Segment("t", 0, 2), Segment(None, 2, 4)))
+    with pytest.raises(UserError, match=f"'t' changes {module}, which works for all rows"):
+        label_scores(base, mixed)
+    alone = label_scores(base, batch_of(base, rows, (Segment("t", 0, 4),)))[0]
+    assert not torch.equal(alone, before)
+
+
+def test_segments_name_attached_tunings_and_follow_one_another() -> None:
+    base = tiny.make("llama")
+    attach(base, "t", LoRA(rank=1))
+    rows = make_rows(base, 4)
+    with pytest.raises(UserError, match="No tuning named 'u' is attached"):
+        label_scores(base, batch_of(base, rows, (Segment("t", 0, 2), Segment("u", 2, 4))))
+    for spans in ([(2, 4), (0, 2)], [(0, 2), (3, 4)], [(0, 3), (2, 4)], [(1, 2), (2, 4)], [(0, 2), (2, 3)]):
+        with pytest.raises(AssertionError, match=r"segment"):
+            label_scores(base, batch_of(base, rows, tuple(Segment("t", *span) for span in spans)))
+
+
 def test_every_bad_key_is_listed(folder: Path) -> None:
     weights = folder / "adapter_model.safetensors"
     tensors = load_file(weights)
@@ -140,6 +182,17 @@ def test_an_unknown_method_is_named(folder: Path) -> None:
 def test_names_are_plain(name: str) -> None:
     with pytest.raises(UserError, match="may hold letters"):
         attach(tiny.make("llama"), name, LoRA())
+
+
+@pytest.mark.parametrize("name", ["half", "type", "train", "keys", "update", "float", "t-x", "_modules"])
+def test_names_may_be_words_of_the_module_classes(name: str) -> None:
+    base = tiny.make("llama")
+    attach(base, name, LoRA(rank=1))
+    owned = parameters(base, name)
+    assert len(owned) == 28 and "model.layers.0.mlp.up_proj.lora_A.weight" in owned
+    base.use(name)
+    detach(base, name)
+    assert not base.grafts.names
 
 
 def test_a_name_is_taken_once_and_a_failed_attach_leaves_no_trace() -> None:

@@ -6,7 +6,7 @@ from tests import tiny
 from torch import nn
 
 from luthier.errors import UserError
-from luthier.tuning import IA3, Bottleneck, LoRA, PromptTuning, attach, parameters
+from luthier.tuning import IA3, Bottleneck, Full, LoRA, Method, PromptTuning, attach, parameters
 from luthier.tuning.bottleneck import Adapter
 from luthier.tuning.dora import DoRA, DoRAEmbedding
 from luthier.tuning.ia3 import ScaledInput, ScaledOutput
@@ -126,7 +126,7 @@ def test_patterns_give_modules_their_own_rank_and_scale() -> None:
     assert shapes["model.layers.0.self_attn.v_proj.lora_A.weight"] == 1
     assert shapes["model.layers.0.mlp.up_proj.lora_A.weight"] == 4
     assert shapes["model.layers.1.mlp.up_proj.lora_A.weight"] == 9
-    scale = lambda path: base.model.get_submodule(path).deltas["t"].scale  # noqa: E731
+    scale = lambda path: base.model.get_submodule(path).delta("t").scale  # noqa: E731
     assert scale("model.layers.0.self_attn.q_proj") == pytest.approx(12 / 4**0.5)
     assert scale("model.layers.1.mlp.up_proj") == pytest.approx(8 / 9**0.5)
     with pytest.raises(UserError, match="alpha pattern 'k_prj' matches none of the 14 targets"):
@@ -171,3 +171,20 @@ def test_a_family_whose_parts_are_unknown_says_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     with pytest.raises(UserError, match="MLP of this opt model is no module of its own"):
         attach(tiny.make("opt"), "t", Bottleneck(placement="parallel"))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("method", [LoRA(rank=2, dora=True), LoRA(rank=2, targets="embeddings", dora=True), Full()])
+def test_a_tuning_starts_from_the_base_whatever_is_in_use(method: Method, merged: bool) -> None:
+    base = tiny.make("llama")
+    attach(base, "first", method, seed=3)
+    attach(base, "other", Full())
+    with torch.no_grad():
+        for parameter in parameters(base, "other").values():
+            parameter.mul_(1.3)
+    base.use("other", merged=merged)
+    used = base.model.model.norm.weight.clone()
+    attach(base, "second", method, seed=3)
+    for key, parameter in parameters(base, "first").items():
+        assert torch.equal(parameter, parameters(base, "second")[key]), key
+    assert torch.equal(base.model.model.norm.weight, used), "what was in use is so again"

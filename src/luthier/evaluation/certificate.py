@@ -5,6 +5,7 @@ At every target position, with the reference's distribution p and the candidate'
     KL = sum p (log p - log q)       flip: argmax p != argmax q       logit difference: max |z_p - z_q|
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 
 from luthier.encoding.batches import collate, micro_batches
 from luthier.encoding.encoder import Encoded
+from luthier.errors import UserError
 from luthier.models.base import BaseModel
 
 # Both models' logits are alive at once: fewer tokens at a time than in scoring.
@@ -20,7 +22,10 @@ _TOKENS, _CHUNK = 2048, 256
 
 @dataclass(frozen=True)
 class Drift:
-    """The candidate against the reference over `tokens` target positions; `kl` and the losses in nats a token."""
+    """The candidate against the reference over `tokens` target positions; `kl` and the losses in nats a token.
+
+    A candidate that gives what is no number is infinitely far away.
+    """
 
     tokens: int
     largest_logit_difference: float
@@ -31,19 +36,27 @@ class Drift:
 
     def within(self, limit_kl: float, limit_flips: float) -> bool:
         """Whether the candidate may stand for the reference."""
-        return self.kl <= limit_kl and self.flips <= limit_flips
+        return math.isfinite(self.kl) and self.kl <= limit_kl and self.flips <= limit_flips
 
 
 @torch.no_grad()
 def drift(reference: BaseModel, candidate: BaseModel, rows: Sequence[Encoded]) -> Drift:
-    """Compare two models, each with its tuning in use, on rows that neither was trained on. All sums are in fp64."""
-    count, largest, divergence, flips, losses = 0, 0.0, 0.0, 0, [0.0, 0.0]
+    """Compare two models, each with its tuning in use, on rows that neither was trained on. All sums are in fp64.
+
+    Raises UserError where the reference itself gives what is no number: nothing can be compared with it.
+    """
+    count, largest, divergence, flips, losses, broken = 0, 0.0, 0.0, 0, [0.0, 0.0], False
     for group in micro_batches(rows, _TOKENS, padded=not reference.packs):
         batch = collate(group, reference.decoder_start if reference.encoder_decoder else None)
         batch = batch.to(reference.device)
         states = [model.target_states(batch).split(_CHUNK) for model in (reference, candidate)]
         for ours, theirs, labels in zip(*states, batch.labels.split(_CHUNK), strict=True):
             logits = [reference.logits(ours).float(), candidate.logits(theirs).float()]
+            if not logits[0].isfinite().all():
+                raise UserError(
+                    "The model to compare with gives NaN or infinite logits. Use another dtype for the base."
+                )
+            broken = broken or not logits[1].isfinite().all()
             largest = max(largest, float((logits[0] - logits[1]).abs().max()))
             flips += int((logits[0].argmax(-1) != logits[1].argmax(-1)).sum())
             p, q = (one.log_softmax(-1) for one in logits)
@@ -51,4 +64,7 @@ def drift(reference: BaseModel, candidate: BaseModel, rows: Sequence[Encoded]) -
             for place, scores in enumerate((p, q)):
                 losses[place] -= float(scores.gather(1, labels[:, None]).sum(dtype=torch.float64))
             count += len(labels)
-    return Drift(count, largest, max(0.0, divergence / count), flips / count, losses[0] / count, losses[1] / count)
+    kl = max(0.0, divergence / count)
+    if broken:  # max() and min() are blind to NaN
+        kl = largest = math.inf
+    return Drift(count, largest, kl, flips / count, losses[0] / count, losses[1] / count)

@@ -177,6 +177,7 @@ class BaseModel:
     def embed(self, packed: Packed, segments: tuple[Segment, ...]) -> tuple[Tensor, tuple[int, ...], Tensor]:
         """Embed rows with their soft prompts in front: (T', D), new lengths, and the shift of each row's tokens."""
         if segments:
+            assert segments[-1].stop == len(packed.lengths), "every row belongs to a segment"
             self.grafts.use_segments(segments, token_parts(segments, packed.lengths), axis=0)
         embedded: Tensor = self.embedding(packed.ids)
         if self.embedding_noise and torch.is_grad_enabled():

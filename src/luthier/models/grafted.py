@@ -59,12 +59,12 @@ class Grafted(nn.Module):
         """The base's output with each segment's delta."""
         parts = self.route.parts
         if len(parts) == 1:
-            delta = self._delta(parts[0][0])
+            delta = self.delta(parts[0][0])
             if delta is None:
                 return self.base(x)
             y = self.base(delta.enter(x) if delta.changes_input else x)
             return delta(x, y)
-        deltas = [self._delta(name) for name, _ in parts]
+        deltas = [self.delta(name) for name, _ in parts]
         if not any(delta is not None for delta in deltas):
             return self.base(x)
         # Some blocks flatten (rows, L, D) to (rows L, D) inside: there each row takes L places.
@@ -78,13 +78,26 @@ class Grafted(nn.Module):
         y = self.base(entered)
         return torch.cat([y[here] if delta is None else delta(x[here], y[here]) for delta, here in pairs], dim=axis)
 
-    def _delta(self, name: str | None) -> Delta | None:
-        return self.deltas[name] if name is not None and name in self.deltas else None  # type: ignore[return-value]
+    # Keys begin with "t-": a ModuleDict refuses `train`, `half` and its other attributes.
+
+    def add(self, name: str, delta: Delta) -> None:
+        """Take in the delta of the tuning `name`."""
+        self.deltas[f"t-{name}"] = delta
+
+    def discard(self, name: str) -> None:
+        """Drop the delta of the tuning `name`, if there is one."""
+        if self.delta(name) is not None:
+            del self.deltas[f"t-{name}"]
+
+    def delta(self, name: str | None) -> Delta | None:
+        """The delta of the tuning `name`, if there is one."""
+        key = f"t-{name}"
+        return self.deltas[key] if name is not None and key in self.deltas else None  # type: ignore[return-value]
 
     def active_parameters(self) -> list[Parameter]:
         """The parameters that the tunings now in use own here, and the base's own."""
-        names = [name for name, _ in self.route.parts if name is not None and name in self.deltas]
-        own = [parameter for name in names for parameter in self.deltas[name].parameters()]
+        deltas = [self.delta(name) for name, _ in self.route.parts]
+        own = [parameter for delta in deltas if delta is not None for parameter in delta.parameters()]
         return [*own, *self.base.parameters()]
 
     @property

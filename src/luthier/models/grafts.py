@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from luthier.errors import UserError
+from luthier.files import plain_name
 from luthier.models.batch import Segment
 from luthier.models.fold import FoldedInPlace
 from luthier.models.grafted import Delta, Grafted, Route
@@ -29,6 +30,7 @@ class Grafts:
         self.prompts: dict[str, Parameter] = {}  # name -> (P, D)
         self.prefixes: dict[str, Prefix] = {}
         self.substitutes: dict[str, dict[str, Parameter]] = {}
+        self._alone: dict[str, str] = {}  # name -> a module it grafted on that works for all rows at once
         self._where: dict[str, dict[str, Sequence[str]]] = {}
         self.names: list[str] = []
         self._substituted: str | None = None
@@ -51,19 +53,21 @@ class Grafts:
         """Reserve the name of a new tuning."""
         if name in self.names:
             raise UserError(f"A tuning named {name!r} is attached already. Attached: {', '.join(self.names)}.")
-        if not name or not all(sign.isalnum() or sign in "-_" for sign in name):
+        if not plain_name(name):
             raise UserError(f"The tuning name {name!r} may hold letters, digits, '-' and '_' only.")
         self.names.append(name)
 
-    def graft_module(self, path: str, name: str, delta: Delta) -> None:
-        """Add a tuning's delta to the module at `path`."""
+    def graft_module(self, path: str, name: str, delta: Delta, shared: bool = False) -> None:
+        """Add a tuning's delta to the module at `path`; a `shared` one works for all rows of a batch at once."""
+        if shared:
+            self._alone[name] = path
         parent, _, key = path.rpartition(".")
         owner = self.modules[parent] if parent else self.model
         current = getattr(owner, key)
         if not isinstance(current, Grafted):
             current = Grafted(current, self.route)
             setattr(owner, key, current)
-        current.deltas[name] = delta
+        current.add(name, delta)
 
     def graft_prompt(self, name: str, vectors: Parameter) -> None:
         """Put (P, D) vectors before every row of this tuning (of the encoder, where there is one)."""
@@ -97,8 +101,8 @@ class Grafts:
         self._known(name)
         parameters: dict[str, Parameter] = {}
         for path, grafted in self._grafted():
-            if name in grafted.deltas:
-                for key, parameter in grafted.deltas[name].named_parameters():
+            if (delta := grafted.delta(name)) is not None:
+                for key, parameter in delta.named_parameters():
                     parameters[f"{path}.{key}"] = parameter
         if name in self.prompts:
             parameters["prompt_embeddings"] = self.prompts[name]
@@ -110,8 +114,8 @@ class Grafts:
     def deltas(self, name: str) -> dict[str, tuple[nn.Module, Delta]]:
         """The modules that a tuning grafted on, each with its delta, by path."""
         self._known(name)
-        found = [(path, grafted) for path, grafted in self._grafted() if name in grafted.deltas]
-        return {path: (grafted.base, grafted.deltas[name]) for path, grafted in found}  # type: ignore[misc]
+        found = [(path, grafted.base, grafted.delta(name)) for path, grafted in self._grafted()]
+        return {path: (module, delta) for path, module, delta in found if delta is not None}
 
     def use(self, name: str | None, merged: bool = False) -> None:
         """Make one tuning (None: the bare base) answer every row; moves pointers, not weights.
@@ -128,13 +132,28 @@ class Grafts:
             self.route.one(None)
 
     def use_segments(self, segments: tuple[Segment, ...], parts: tuple[slice, ...], axis: int) -> None:
-        """Give each segment of a batch to its own tuning; `parts` are its slices along `axis`."""
+        """Give each segment of a batch to its own tuning; `parts` are its slices along `axis`.
+
+        Raises UserError for a tuning that is not attached, and where tunings cannot share a batch.
+        """
         names = {segment.name for segment in segments}
+        for name in names - {None}:
+            self._known(str(name))
+        starts = [0, *(segment.stop for segment in segments)]
+        assert starts[:-1] == [segment.start for segment in segments] and starts == sorted(starts), (
+            "segments follow one another from row 0 on"
+        )
         swapped = sorted(name for name in names if name in self.substitutes)
         if swapped and len(names) > 1:
             raise UserError(
                 f"The tuning {swapped[0]!r} replaces whole weights, so its rows need a batch of their own; "
                 f"this one also holds rows of {', '.join(sorted(str(name) for name in names - {swapped[0]}))}."
+            )
+        alone = sorted(name for name in names if name in self._alone)
+        if alone and len(names) > 1:
+            raise UserError(
+                f"The tuning {alone[0]!r} changes {self._alone[alone[0]]}, which works for all rows of a batch at once, so "
+                "its rows need a batch of their own."
             )
         self._unfold()
         self._place(swapped[0] if swapped else None)
@@ -177,11 +196,11 @@ class Grafts:
         if any(part[0] == name for part in self.route.parts) or (self._folded and self._folded[0] == name):
             self.use(None)
         for path, grafted in self._grafted():
-            if name in grafted.deltas:
-                del grafted.deltas[name]
+            grafted.discard(name)
             if not grafted.deltas:
                 parent, _, key = path.rpartition(".")
                 setattr(self.modules[parent] if parent else self.model, key, grafted.base)
+        self._alone.pop(name, None)
         self.prompts.pop(name, None)
         self.prefixes.pop(name, None)
         self.substitutes.pop(name, None)

@@ -27,6 +27,15 @@ def recomputed(model: nn.Module) -> Iterator[None]:
         )
     # The same random numbers in both passes: dropout inside a tuning must not differ.
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=True)
+    # Some blocks drop out by themselves while they train (F.dropout(x, self.dropout, self.training)).
+    drops = [
+        (block, key, value)
+        for block in blocks
+        for key, value in vars(block).items()
+        if "drop" in key and type(value) is float
+    ]
+    for block, key, _ in drops:
+        setattr(block, key, 0.0)
     for block in blocks:
         block.gradient_checkpointing = True
         block._gradient_checkpointing_func = again  # type: ignore[assignment]
@@ -37,3 +46,5 @@ def recomputed(model: nn.Module) -> Iterator[None]:
         for block in blocks:
             block.gradient_checkpointing = False
             block.training = False
+        for block, key, value in drops:
+            setattr(block, key, value)

@@ -43,16 +43,23 @@ def copies_of_modules(base: BaseModel, modules: Sequence[str], untie: bool) -> C
     """Copies of all parameters of these modules, each module's own; a name is the end of a path or a pattern."""
     copies: dict[str, Parameter] = {}
     where: dict[str, Sequence[str]] = {}
+    for path in paths_of_modules(base, modules):
+        inside = {place for place in all_places(base) if place.startswith(f"{path}.")}
+        more, at = copies_of(base, inside, untie)
+        copies |= more
+        where |= at
+    return copies, where
+
+
+def paths_of_modules(base: BaseModel, modules: Sequence[str]) -> list[str]:
+    """The modules that these names mean, by path; raises UserError for a name that means none."""
+    found: dict[str, None] = {}
     for one in modules:
         paths = [path for path in base.grafts.modules if matches(one, path)]
         if not paths:
             raise UserError(f"modules_to_save: {one!r} is no module of this {base.family} model.")
-        for path in paths:
-            inside = {place for place in all_places(base) if place.startswith(f"{path}.")}
-            more, at = copies_of(base, inside, untie)
-            copies |= more
-            where |= at
-    return copies, where
+        found |= dict.fromkeys(paths)
+    return list(found)
 
 
 def all_places(base: BaseModel) -> Mapping[str, str]:

@@ -9,6 +9,7 @@ s = alpha / sqrt(r); DoRA is in `dora.py`, LoRA on an embedding in `lora_embeddi
     q_proj: Linear   ->   q_proj: Grafted(base=Linear, deltas={name: LowRank(A, B)})
 """
 
+import inspect
 import math
 import re
 from collections.abc import Mapping
@@ -22,8 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from luthier.errors import UserError
 from luthier.models.base import BaseModel
 from luthier.models.grafted import Delta
+from luthier.models.parts import embeddings
 from luthier.tuning import peft
-from luthier.tuning.copies import copies_of_modules
+from luthier.tuning.copies import all_places, copies_of_modules, paths_of_modules
 from luthier.tuning.dora import DoRA, DoRAEmbedding
 from luthier.tuning.lora_embedding import LowRankEmbedding
 from luthier.tuning.low_rank import LowRank, features
@@ -84,6 +86,7 @@ class LoRA:
         for one in (*self.rank_pattern, *self.alpha_pattern):
             if not any(_ends(path, one) for path in targets):
                 raise UserError(f"The rank or alpha pattern {one!r} matches none of the {len(targets)} targets.")
+        shared = _shared(base, targets)
         for path, module in targets.items():
             rank, alpha = _pick(self.rank_pattern, path, self.rank), _pick(self.alpha_pattern, path, self.alpha)
             drawn = (rank, alpha / (math.sqrt(rank) if self.rslora else rank), self.dropout, generator)
@@ -93,12 +96,18 @@ class LoRA:
                 delta = DoRAEmbedding(module, *drawn, where) if self.dora else LowRankEmbedding(module, *drawn)
             else:
                 delta = DoRA(module, *drawn, where) if self.dora else LowRank(features(module), *drawn)
-            base.grafts.graft_module(path, name, delta.to(where))
+            base.grafts.graft_module(path, name, delta.to(where), shared=path in shared)
         if self.modules_to_save:
             base.grafts.substitute(name, *copies_of_modules(base, self.modules_to_save, self.untie))
 
     def _targets(self, base: BaseModel) -> dict[str, nn.Module]:
-        return match_modules(base, self.targets, (*LINEAR, nn.Embedding), self.layers)
+        found = match_modules(base, self.targets, (*LINEAR, nn.Embedding), self.layers)
+        # As in PEFT, what is trained whole has no product beside it.
+        whole = tuple(f"{path}." for path in paths_of_modules(base, self.modules_to_save))
+        left = {path: module for path, module in found.items() if not f"{path}.".startswith(whole)}
+        if not left:
+            raise UserError("Every target is among modules_to_save, so LoRA has nothing to stand beside.")
+        return left
 
     def virtual_tokens(self) -> int:
         """None."""
@@ -122,7 +131,7 @@ class LoRA:
             "use_dora": self.dora,
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
-            "modules_to_save": self.modules_to_save or None,
+            "modules_to_save": paths_of_modules(base, self.modules_to_save) or None,
         }
 
     @classmethod
@@ -138,8 +147,9 @@ class LoRA:
         )
         peft.refuse_others(config, known)
         targets = peft.chosen_modules(base, config, (*LINEAR, nn.Embedding))
-        whole = config.get("modules_to_save") or []
-        targets = [path for path in targets if not any(re.match(rf"(^|.*\.){one}($|\..*)", path) for one in whole)]
+        ends = tuple(config.get("modules_to_save") or ())
+        whole = [path for path in base.grafts.modules if path.endswith(ends)]  # PEFT does not look for a dot
+        targets = [path for path in targets if not any(re.match(rf"(^|.*\.){one}($|\..*)", path) for one in ends)]
 
         def met(key: str) -> dict[str, Any]:  # PEFT lets patterns be that no target meets
             given = config.get(key) or {}
@@ -152,7 +162,7 @@ class LoRA:
             targets=targets,
             rslora=bool(config.get("use_rslora")),
             dora=bool(config.get("use_dora")),
-            modules_to_save=list(whole),
+            modules_to_save=whole,
             untie=bool(whole),
             rank_pattern=met("rank_pattern"),
             alpha_pattern=met("alpha_pattern"),
@@ -164,14 +174,23 @@ class LoRA:
 
     def from_file(self, base: BaseModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From PEFT's keys; the base's embeddings, which PEFT may add, are left out where they are this base's."""
-        found = {}
+        found, places = {}, all_places(base)
         for key, tensor in tensors.items():
             own = key.removeprefix(peft.PREFIX)
-            theirs = base.grafts.originals.get(own.replace(".base_layer.", "."))
+            theirs = base.grafts.originals.get(places.get(own.replace(".base_layer.", "."), ""))
             if ".base_layer." in own and theirs is not None and torch.equal(tensor.to(theirs), theirs):
                 continue
             found[own] = tensor
         return found
+
+
+def _shared(base: BaseModel, targets: Mapping[str, nn.Module]) -> set[str]:
+    """The targets that are embeddings, but not of tokens."""
+    found = {path for path, module in targets.items() if isinstance(module, nn.Embedding)} - embeddings(base).keys()
+    for path in found:
+        if len(inspect.signature(targets[path].forward).parameters) > 1:
+            raise UserError(f"{path} reads more than the numbers it looks up, so LoRA cannot stand beside it.")
+    return found
 
 
 def _ends(path: str, pattern: str) -> bool:

@@ -94,7 +94,8 @@ def attach(base: BaseModel, name: str, method: Method, seed: int = 0) -> None:
     """Graft a fresh tuning on the base; it is not yet in use. The base's own weights stay as they are."""
     base.grafts.claim(name)
     try:
-        method.attach(base, name, torch.Generator().manual_seed(seed))
+        with base.grafts.bare():  # a method may start from the base's weights, which another tuning may stand in for
+            method.attach(base, name, torch.Generator().manual_seed(seed))
     except BaseException:
         base.grafts.remove(name)
         raise

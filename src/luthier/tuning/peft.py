@@ -68,7 +68,7 @@ def chosen_modules(
         chosen = [path for path in candidates if _means(patterns, path)]
     if excluded := config.get("exclude_modules"):
         chosen = [path for path in chosen if not _means(excluded, path)]
-    if (blocks := config.get("layers_to_transform")) is not None:
+    if (blocks := config.get("layers_to_transform")) not in (None, []):
         wanted = [blocks] if isinstance(blocks, int) else list(blocks)
         stacks = config.get("layers_pattern") or [r"[^.]*"]
         stack = "|".join([stacks] if isinstance(stacks, str) else stacks)

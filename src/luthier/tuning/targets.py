@@ -24,12 +24,19 @@ def match_modules(
 
     `all-linear` is every linear but the output head, `attention` the linears of attention, `embeddings` the token
     embeddings; otherwise a pattern is a shell pattern (``*.q_proj``), a regular expression that matches the whole
-    path, or the end of a path (``q_proj``, ``self_attn.q_proj``). Blocks count from 0, or back from -1.
+    path, or the end of a path (``q_proj``, ``self_attn.q_proj``). Blocks count from 0, or back from -1. An embedding of
+    anything but tokens (positions) is meant by its whole path only: what it gives is shared by all rows of a batch.
     Raises UserError for a pattern that matches nothing, naming near misses.
     """
-    candidates = {path: module for path, module in base.grafts.modules.items() if isinstance(module, kinds)}
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    plain = {*embeddings(base), *patterns}
+    candidates = {
+        path: module
+        for path, module in base.grafts.modules.items()
+        if isinstance(module, kinds) and (path in plain or not isinstance(module, nn.Embedding))
+    }
     chosen: dict[str, nn.Module] = {}
-    for one in [pattern] if isinstance(pattern, str) else pattern:
+    for one in patterns:
         found = _found(base, one, candidates)
         if not found:
             endings = {path.rpartition(".")[2] for path in candidates}
