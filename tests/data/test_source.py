@@ -41,7 +41,10 @@ def test_every_format_and_compression_holds_the_same_rows(tmp_path: Path) -> Non
         read_rows(Source("q*.jsonl"), tmp_path)
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:40])
     (tmp_path / "t.parquet").write_bytes(b"PAR1 no")
-    for name in ("t.jsonl.gz", "t.parquet"):
+    broken = bytearray(gzip.compress(lines.encode()))
+    broken[12:16] = b"\xff\xff\xff\xff"
+    (tmp_path / "z.jsonl.gz").write_bytes(broken)
+    for name in ("t.jsonl.gz", "t.parquet", "z.jsonl.gz"):
         with pytest.raises(UserError, match=f"{name} .*read"):
             read_rows(Source(name), tmp_path)
 
@@ -88,6 +91,8 @@ def test_columns_rename_and_limit_takes_the_first(tmp_path: Path) -> None:
         ('{"a": 1}\n{"a": \n', ["line 2", "not valid JSON"]),
         ('{"a": 1}\n[1]\n', ["line 2", "list"]),
         (b'{"a": "\xff\xfe"}\n', ["UTF-8"]),
+        ('{"a": 1}\n{"a": ' + "[" * 100_000 + "\n", ["r.jsonl line 2", "nested too deeply"]),
+        ('{"a": "\\ud83d\\ude42"}\n{"a": ["\\ud800"]}\n', ["r.jsonl line 2", "half a surrogate pair (\\ud800)"]),
     ],
 )
 def test_bad_files_name_file_and_line(tmp_path: Path, content: str | bytes | None, words: list[str]) -> None:
@@ -97,6 +102,23 @@ def test_bad_files_name_file_and_line(tmp_path: Path, content: str | bytes | Non
         read_rows(Source("r.jsonl"), tmp_path)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "r.json is nested too deeply"),
+        ('[{"a": "x"}, {"a": "\\uDFFF"}]', "r.json record 2 holds half a surrogate pair"),
+        (
+            '{"Definition": "d", "Instances": [{"input": "\\ud800", "output": "o"}]}',
+            "instance 1 holds half a surrogate",
+        ),
+    ],
+)
+def test_json_that_no_tokenizer_could_read_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_rows(Source("r.json"), tmp_path)
 
 
 def test_a_csv_row_of_another_width_is_refused(tmp_path: Path) -> None:

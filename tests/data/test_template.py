@@ -36,6 +36,11 @@ def test_broken_jinja_names_the_line() -> None:
         Template("ok\n{{ a ||| b")
 
 
+def test_a_template_that_is_nested_too_deeply_is_refused() -> None:
+    with pytest.raises(UserError, match="nested too deeply"):
+        Template("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }} ||| x")
+
+
 @pytest.mark.parametrize(
     "attack",
     ["{{ ''.__class__.__mro__ }}", "{{ x.__init__.__globals__ }}", "{{ self.__dict__ }}"],

@@ -11,6 +11,8 @@ import gzip
 import io
 import json
 import lzma
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -157,7 +159,7 @@ def _read(path: Path) -> Iterator[Row]:
             yield from READERS[kind](path, file)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
-    except (EOFError, lzma.LZMAError, OSError) as error:
+    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
         raise UserError(f"{path} could not be read: {error}.") from None
 
 
@@ -179,7 +181,9 @@ def _read_jsonl(path: Path, file: Any) -> Iterator[Row]:
                 f"{path} line {number} is not valid JSON: {error.msg} at column {error.colno}. "
                 f"The line begins: {line[:60].strip()!r}."
             ) from None
-        yield _record(values, f"{path} line {number}", f"{path.name}:{number}")
+        except RecursionError:
+            raise UserError(f"{path} line {number} is nested too deeply to be read.") from None
+        yield _record(values, f"{path} line {number}", f"{path.name}:{number}", _ESCAPED.search(line) is not None)
 
 
 def _read_json(path: Path, file: Any) -> Iterator[Row]:
@@ -191,14 +195,18 @@ def _read_json(path: Path, file: Any) -> Iterator[Row]:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno} is not valid JSON: {error.msg}.") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be read.") from None
+    escaped = _ESCAPED.search(text) is not None
     if isinstance(content, dict) and "Instances" in content:
-        yield from superni_rows(content, path)
+        for number, row in enumerate(superni_rows(content, path), 1):
+            yield _record(row.values, f"{path} instance {number}", row.id, escaped)
         return
     records = content.get("data") if isinstance(content, dict) else content
     if not isinstance(records, list):
         raise UserError(f"{path} must hold a list of records, one under 'data', or a task with 'Instances'.")
     for number, values in enumerate(records, 1):
-        yield _record(values, f"{path} record {number}", f"{path.name}:{number}")
+        yield _record(values, f"{path} record {number}", f"{path.name}:{number}", escaped)
 
 
 def superni_rows(content: dict[str, Any], path: Path) -> Iterator[Row]:
@@ -211,7 +219,7 @@ def superni_rows(content: dict[str, Any], path: Path) -> Iterator[Row]:
     categories = content.get("Categories") or []
     shared = {
         "task": path.name.split(".")[0],
-        "definition": definition if isinstance(definition, str) else definition[0],
+        "definition": definition[0] if isinstance(definition, list) else definition,
         "positive_examples": content.get("Positive Examples") or [],
         "negative_examples": content.get("Negative Examples") or [],
         "categories": [categories] if isinstance(categories, str) else categories,
@@ -268,9 +276,21 @@ READERS: dict[str, Callable[[Path, Any], Iterator[Row]]] = {
 OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-def _record(values: Any, where: str, name: str) -> Row:
+# What a half of a surrogate pair looks like in JSON: only a text with one has to be looked at more closely.
+_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _record(values: Any, where: str, name: str, escaped: bool) -> Row:
     if not isinstance(values, dict):
         raise UserError(f"{where} holds a {type(values).__name__}; it must be an object with named columns.")
+    if escaped:
+        try:
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{where} holds half a surrogate pair (\\u{ord(error.object[error.start]):x}), which is no character. "
+                "Remove it or write both halves."
+            ) from None
     return Row(name, values)
 
 

@@ -95,6 +95,8 @@ class Template:
             raise UserError(
                 f"The template is not valid Jinja, line {error.lineno}: {error.message}. It is: {_short(text)}"
             ) from error
+        except (RecursionError, MemoryError) as error:
+            raise UserError(f"The template is nested too deeply to be read. It is: {_short(text)}") from error
 
     def _failed(self, where: str, error: Exception, values: Mapping[str, Any]) -> UserError:
         if isinstance(error, SecurityError):
