@@ -62,6 +62,20 @@ def test_prompt_variables_are_those_before_the_separator() -> None:
     assert Template("Say {{ a }} ||| {{ c }}").render_prompt({"a": "hi"}, "text") == "Say hi"
 
 
+def test_a_block_may_hold_prompt_and_completion() -> None:
+    text = "{% if a %}Say {{ a }} ||| {{ answer_choices[label] }}{% endif %}"
+    template = Template(text, "no ||| yes", strict=False)
+    assert template.prompt_variables() == {"a", "label"}
+    assert template.render_prompt({"a": "hi ||| there"}, "text") == "Say hi ||| there"
+    asked = Template("{{ a }} {{ answer_choices[1] }}? ||| x", "no ||| yes", strict=False)
+    assert asked.prompt_variables() == {"a"}
+    assert asked.render_prompt({"a": "hi"}, "text") == "hi yes?"
+    own = Template("{% if a %}Say {{ a }} ||| {{ b }}{% endif %}")
+    assert own.render_prompt({"a": "hi"}, "text") == "Say hi"
+    with pytest.raises(UserError, match="text 1: the template gives no prompt. It uses a, b; the row has: b"):
+        own.render_prompt({"b": "hi"}, "text 1")
+
+
 def test_draws_are_decided_by_the_seed_alone() -> None:
     template = Template("{{ ['a', 'b', 'c', 'd'] | choice }} {{ items | random }} ||| x")
     row = {"items": list(range(50))}
