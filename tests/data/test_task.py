@@ -114,6 +114,16 @@ def test_a_tasks_choices_serve_a_files_template_that_has_none(folder: Path) -> N
         load_examples(Task(template="templates.yaml", choices=["yes", "no"], **settings), folder, 0)
 
 
+def test_each_row_draws_for_itself(folder: Path) -> None:
+    text = "{{ [1, 2, 3, 4, 5, 6] | choice }} {{ q }} ||| {{ a }}"
+    (folder / "templates.yaml").write_text(f"templates:\n  1: !Template {{name: one, jinja: '{text}'}}\n")
+    for template in (text, "templates.yaml"):
+        task = Task(template=template, train=Source("train.jsonl"), validation=0, test=0)
+        drawn = [[example.prompt[0] for example in load_examples(task, folder, seed).train] for seed in (0, 1)]
+        assert set(drawn[0]) == set("123456")
+        assert drawn[0] != drawn[1]
+
+
 def test_shots_are_drawn_by_seed_and_fitted_to_the_budget() -> None:
     train = [Example(str(n), f"q{n}", f"a{n}") for n in range(10)]
     shots = choose_shots(train, 3, seed=4)

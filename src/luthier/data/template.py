@@ -45,7 +45,7 @@ class Template:
         return _strict if self.strict else _lenient
 
     def parts(
-        self, values: Mapping[str, Any], where: str, *, seed: int | None = None, truncate: bool = False
+        self, values: Mapping[str, Any], where: str, *, seed: int | str | None = None, truncate: bool = False
     ) -> list[str]:
         """All parts between separators. `seed` decides what the filters `choice` and `random` draw."""
         _draws.seed(seed)

@@ -52,11 +52,12 @@ class NamedTemplate:
         """Parts and answer choices of one row; `tokens` is there where `counts` says so."""
         if isinstance(self.template, TkInstructTemplate):
             return self.template.parts(values, where, tokens), self.template.choices(values, where) or ()
+        draws = f"{seed} {where}"  # of its own for each row: one seed for all would draw the same item in every row
         if self.outside:
             assert isinstance(self.template, Template)
-            parts, choices = worker.parts(self.template, values, where, seed=seed)
+            parts, choices = worker.parts(self.template, values, where, seed=draws)
             return parts, tuple(choices or ())
-        parts = self.template.parts(values, where, seed=seed)
+        parts = self.template.parts(values, where, seed=draws)
         return parts, self.template.choices(values, where) or ()
 
 

@@ -47,7 +47,7 @@ class RenderWorker:
         values: Mapping[str, Any],
         where: str,
         *,
-        seed: int | None = None,
+        seed: int | str | None = None,
         truncate: bool = False,
     ) -> tuple[list[str], list[str] | None]:
         """Parts and answer choices of one row; raises UserError as `Template.parts` does, and past the limits."""
