@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.data.source import Source, read_rows
+from luthier.data.source import Source, read_rows, source_digest
 from luthier.errors import UserError
 
 
@@ -119,6 +119,27 @@ def test_json_that_no_tokenizer_could_read_is_refused(tmp_path: Path, content: s
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(UserError, match=message):
         read_rows(Source("r.json"), tmp_path)
+
+
+def test_files_of_one_name_give_ids_of_their_own(tmp_path: Path) -> None:
+    for file in ("a/d1/x.jsonl", "a/d2/x.jsonl", "a/d2/y.jsonl"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text('{"t": 1}\n')
+    source = Source("a/*/*.jsonl")
+    assert [row.id for row in read_rows(source, tmp_path)] == ["d1/x.jsonl:1", "d2/x.jsonl:1", "y.jsonl:1"]
+    before = source_digest(source, tmp_path)
+    (tmp_path / "a/d1").rename(tmp_path / "a/d0")
+    assert source_digest(source, tmp_path) != before, "what is kept holds the ids"
+
+
+def test_a_files_name_may_look_like_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "data[1].jsonl").write_text('{"t": 1}\n')
+    assert [row.id for row in read_rows(Source("data[1].jsonl"), tmp_path)] == ["data[1].jsonl:1"]
+
+
+def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text(f"a,b\n{'x' * 200_000},1\n")
+    assert len(read_rows(Source("r.csv"), tmp_path)[0].values["a"]) == 200_000
 
 
 def test_a_csv_row_of_another_width_is_refused(tmp_path: Path) -> None:
