@@ -7,6 +7,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from pickle import PicklingError
 
 import pytest
 
@@ -145,6 +146,23 @@ def test_items_are_asked_for_as_they_are_needed() -> None:
     assert next(answers) == 0
     assert len(taken) <= 6, "a long list is never read ahead of the work"
     answers.close()
+
+
+class Unpicklable(Exception):
+    def __init__(self, row: int, reason: str):
+        super().__init__(f"row {row}: {reason}")
+
+
+def unpicklable(number: int):
+    if number == 1:
+        raise Unpicklable(number, "odd")
+    return (lambda: number) if number == 2 else number
+
+
+@pytest.mark.parametrize(("number", "message"), [(1, "Unpicklable: row 1: odd"), (2, "pickle")])
+def test_what_cannot_be_pickled_is_told(number: int, message: str) -> None:
+    with pytest.raises((RuntimeError, AttributeError, PicklingError), match=message):
+        list(ordered_map(unpicklable, [0, number, 0], 2))
 
 
 def test_a_worker_that_dies_is_said() -> None:

@@ -34,7 +34,7 @@ def ordered_map(
     """`function` of each item, in the items' order; at most two items a worker are under way at a time.
 
     `function` and what it holds are pickled once for each worker. With one worker everything happens here. An
-    exception in a worker is raised here; a worker that dies is a UserError.
+    exception in a worker is raised here (as a RuntimeError that tells of it, where it cannot be pickled); a worker that dies is a UserError.
     """
     count = processors() if workers is None else workers
     if count <= 1:
@@ -116,12 +116,20 @@ def main() -> None:
             item = pickle.load(asked)
         except EOFError:
             return
-        try:
-            answer = (False, function(item))
-        except Exception as error:
-            answer = (True, error)
-        pickle.dump(answer, answers)
+        answers.write(_answer(function, item))
         answers.flush()
+
+
+def _answer(function: Callable[[Any], Any], item: Any) -> bytes:
+    try:
+        return pickle.dumps((False, function(item)))
+    except Exception as error:
+        try:
+            told = pickle.dumps((True, error))
+            pickle.loads(told)  # many exceptions can be pickled and not be read again
+            return told
+        except Exception:
+            return pickle.dumps((True, RuntimeError(f"{type(error).__name__}: {error}")))
 
 
 if __name__ == "__main__":

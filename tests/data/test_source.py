@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.data.source import Source, read_rows
+from luthier.data.source import Source, read_rows, source_digest
 from luthier.errors import UserError
 
 
@@ -41,7 +41,10 @@ def test_every_format_and_compression_holds_the_same_rows(tmp_path: Path) -> Non
         read_rows(Source("q*.jsonl"), tmp_path)
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:40])
     (tmp_path / "t.parquet").write_bytes(b"PAR1 no")
-    for name in ("t.jsonl.gz", "t.parquet"):
+    broken = bytearray(gzip.compress(lines.encode()))
+    broken[12:16] = b"\xff\xff\xff\xff"
+    (tmp_path / "z.jsonl.gz").write_bytes(broken)
+    for name in ("t.jsonl.gz", "t.parquet", "z.jsonl.gz"):
         with pytest.raises(UserError, match=f"{name} .*read"):
             read_rows(Source(name), tmp_path)
 
@@ -88,6 +91,8 @@ def test_columns_rename_and_limit_takes_the_first(tmp_path: Path) -> None:
         ('{"a": 1}\n{"a": \n', ["line 2", "not valid JSON"]),
         ('{"a": 1}\n[1]\n', ["line 2", "list"]),
         (b'{"a": "\xff\xfe"}\n', ["UTF-8"]),
+        ('{"a": 1}\n{"a": ' + "[" * 100_000 + "\n", ["r.jsonl line 2", "nested too deeply"]),
+        ('{"a": "\\ud83d\\ude42"}\n{"a": ["\\ud800"]}\n', ["r.jsonl line 2", "half a surrogate pair (\\ud800)"]),
     ],
 )
 def test_bad_files_name_file_and_line(tmp_path: Path, content: str | bytes | None, words: list[str]) -> None:
@@ -97,6 +102,44 @@ def test_bad_files_name_file_and_line(tmp_path: Path, content: str | bytes | Non
         read_rows(Source("r.jsonl"), tmp_path)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "r.json is nested too deeply"),
+        ('[{"a": "x"}, {"a": "\\uDFFF"}]', "r.json record 2 holds half a surrogate pair"),
+        (
+            '{"Definition": "d", "Instances": [{"input": "\\ud800", "output": "o"}]}',
+            "instance 1 holds half a surrogate",
+        ),
+    ],
+)
+def test_json_that_no_tokenizer_could_read_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_rows(Source("r.json"), tmp_path)
+
+
+def test_files_of_one_name_give_ids_of_their_own(tmp_path: Path) -> None:
+    for file in ("a/d1/x.jsonl", "a/d2/x.jsonl", "a/d2/y.jsonl"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text('{"t": 1}\n')
+    source = Source("a/*/*.jsonl")
+    assert [row.id for row in read_rows(source, tmp_path)] == ["d1/x.jsonl:1", "d2/x.jsonl:1", "y.jsonl:1"]
+    before = source_digest(source, tmp_path)
+    (tmp_path / "a/d1").rename(tmp_path / "a/d0")
+    assert source_digest(source, tmp_path) != before, "what is kept holds the ids"
+
+
+def test_a_files_name_may_look_like_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "data[1].jsonl").write_text('{"t": 1}\n')
+    assert [row.id for row in read_rows(Source("data[1].jsonl"), tmp_path)] == ["data[1].jsonl:1"]
+
+
+def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text(f"a,b\n{'x' * 200_000},1\n")
+    assert len(read_rows(Source("r.csv"), tmp_path)[0].values["a"]) == 200_000
 
 
 def test_a_csv_row_of_another_width_is_refused(tmp_path: Path) -> None:

@@ -100,6 +100,30 @@ def test_promptsource_templates_by_reference_and_file(folder: Path) -> None:
     )
 
 
+def test_a_tasks_choices_serve_a_files_template_that_has_none(folder: Path) -> None:
+    (folder / "templates.yaml").write_text(
+        "templates:\n  1: !Template {name: own, answer_choices: 'no ||| yes', jinja: '{{q}}? ||| no'}\n"
+        "  2: !Template {name: none, answer_choices: null, jinja: '{{q}}, {{answer_choices[0]}}? ||| yes'}\n"
+    )
+    settings = {"train": Source("train.jsonl"), "validation": 0, "test": 2}
+    asked = Task(template="templates.yaml", choices=["no", "yes"], template_choice="all", **settings)
+    for example in load_examples(asked, folder, 0).train:
+        assert example.choices == ("no", "yes")
+        assert example.completion == "no" or example.prompt.endswith(", no?")
+    with pytest.raises(UserError, match="'own' brings its own answer choices .'no ... yes'., unlike the task's"):
+        load_examples(Task(template="templates.yaml", choices=["yes", "no"], **settings), folder, 0)
+
+
+def test_each_row_draws_for_itself(folder: Path) -> None:
+    text = "{{ [1, 2, 3, 4, 5, 6] | choice }} {{ q }} ||| {{ a }}"
+    (folder / "templates.yaml").write_text(f"templates:\n  1: !Template {{name: one, jinja: '{text}'}}\n")
+    for template in (text, "templates.yaml"):
+        task = Task(template=template, train=Source("train.jsonl"), validation=0, test=0)
+        drawn = [[example.prompt[0] for example in load_examples(task, folder, seed).train] for seed in (0, 1)]
+        assert set(drawn[0]) == set("123456")
+        assert drawn[0] != drawn[1]
+
+
 def test_shots_are_drawn_by_seed_and_fitted_to_the_budget() -> None:
     train = [Example(str(n), f"q{n}", f"a{n}") for n in range(10)]
     shots = choose_shots(train, 3, seed=4)

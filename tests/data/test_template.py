@@ -36,6 +36,11 @@ def test_broken_jinja_names_the_line() -> None:
         Template("ok\n{{ a ||| b")
 
 
+def test_a_template_that_is_nested_too_deeply_is_refused() -> None:
+    with pytest.raises(UserError, match="nested too deeply"):
+        Template("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }} ||| x")
+
+
 @pytest.mark.parametrize(
     "attack",
     ["{{ ''.__class__.__mro__ }}", "{{ x.__init__.__globals__ }}", "{{ self.__dict__ }}"],
@@ -55,6 +60,20 @@ def test_prompt_variables_are_those_before_the_separator() -> None:
     template = Template("{{ a }} {% if b %}x{% endif %} ||| {{ c }}")
     assert template.prompt_variables() == {"a", "b"}
     assert Template("Say {{ a }} ||| {{ c }}").render_prompt({"a": "hi"}, "text") == "Say hi"
+
+
+def test_a_block_may_hold_prompt_and_completion() -> None:
+    text = "{% if a %}Say {{ a }} ||| {{ answer_choices[label] }}{% endif %}"
+    template = Template(text, "no ||| yes", strict=False)
+    assert template.prompt_variables() == {"a", "label"}
+    assert template.render_prompt({"a": "hi ||| there"}, "text") == "Say hi ||| there"
+    asked = Template("{{ a }} {{ answer_choices[1] }}? ||| x", "no ||| yes", strict=False)
+    assert asked.prompt_variables() == {"a"}
+    assert asked.render_prompt({"a": "hi"}, "text") == "hi yes?"
+    own = Template("{% if a %}Say {{ a }} ||| {{ b }}{% endif %}")
+    assert own.render_prompt({"a": "hi"}, "text") == "Say hi"
+    with pytest.raises(UserError, match="text 1: the template gives no prompt. It uses a, b; the row has: b"):
+        own.render_prompt({"b": "hi"}, "text 1")
 
 
 def test_draws_are_decided_by_the_seed_alone() -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,18 @@ def test_the_worker_renders_as_the_template_does() -> None:
                 template.parts(row, "row", seed=seed),
                 ["no", "yes"],
             )
+
+
+def test_what_json_has_not_renders_as_without_the_worker() -> None:
+    template = Template("{{ when }} {{ raw }} ||| x", strict=False)
+    row = {"when": datetime(2020, 1, 2), "raw": b"x"}
+    with RenderWorker() as worker:
+        assert worker.parts(template, row, "row")[0] == template.parts(row, "row")
+        deep: list = []
+        for _ in range(100_000):
+            deep = [deep]
+        with pytest.raises(UserError, match="row 3: .*nested too deeply"):
+            worker.parts(template, {"when": deep}, "row 3")
 
 
 @pytest.mark.parametrize(

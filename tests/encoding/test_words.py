@@ -56,6 +56,15 @@ def test_a_full_memo_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(read._words) <= 3
 
 
+def test_a_text_without_spaces_is_not_kept() -> None:
+    tokenizer = tiny.byte_bpe()
+    read = WordMemo(tokenizer.backend_tokenizer)
+    whole = "東京" * 30
+    for given in (whole, f"a {whole} b", f"a b {whole}"):
+        assert read(given) == tokenizer(given, add_special_tokens=False).input_ids
+    assert max(map(len, [*read._words, *read._pieces])) <= 40
+
+
 def test_a_tokenizer_whose_tokens_may_span_words_is_read_whole(request: pytest.FixtureRequest) -> None:
     for tokenizer in (spaced_bpe(), word_piece()):
         assert not cuts_at_spaces(content(tokenizer))

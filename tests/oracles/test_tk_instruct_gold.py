@@ -82,3 +82,18 @@ def test_a_wrong_form_is_explained(tmp_path: Path) -> None:
     task = Task(template="tk-instruct:def", train=Source("x.jsonl"), validation=0, test=0)
     with pytest.raises(UserError, match=r"x.jsonl:1: no column 'definition', which tk-instruct prompts are made of"):
         load_examples(task, tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"Definition": 5}, "`definition` must be a text or a list of texts; it is 5"),
+        ({"Definition": "d", "Positive Examples": ["a"]}, "`positive_examples` must be a list of objects"),
+        ({"Definition": "d", "Positive Examples": [{"input": "a", "output": 1}]}, "`positive_examples` must be"),
+    ],
+)
+def test_a_row_of_another_shape_is_named(tmp_path: Path, given: dict, message: str) -> None:
+    (tmp_path / "t.json").write_text(json.dumps({**given, "Instances": [{"input": "i", "output": "o"}]}))
+    task = Task(template="tk-instruct:def+pos1", train=Source("t.json"), validation=0, test=0)
+    with pytest.raises(UserError, match=f"t.json:1: {message}"):
+        load_examples(task, tmp_path, 0)

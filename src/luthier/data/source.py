@@ -11,6 +11,9 @@ import gzip
 import io
 import json
 import lzma
+import re
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +25,9 @@ from luthier.data.formats.hub import HUB, dataset_fingerprint, read_dataset, str
 from luthier.data.library import FOLDER
 from luthier.data.rows import Row
 from luthier.errors import UserError
+
+# Characters in a field of a CSV file; Python's own limit, 131,072, is shorter than some texts.
+LONGEST_FIELD = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ def source_digest(source: Source, folder: Path) -> list[Any]:
         files = sorted(path for path in place.rglob("*") if path.is_file())
         return [place.name, [[str(path.relative_to(place)), file_digest(path)] for path in files], *settings]
     try:
-        return [[[path.name, file_digest(path)] for path in _files(source.path, folder)], *settings]
+        named = _files(source.path, folder)
+        return [[[name, file_digest(path)] for path, name in named.items()], *settings]
     except OSError as error:
         raise UserError(f"{place} could not be read: {error}.") from None
 
@@ -99,7 +106,7 @@ def shards(source: Source, folder: Path) -> list[Callable[[], Iterator[Row]]]:
     if source.path.startswith(HUB) or _saved_by_datasets(place):
         readers = stream_dataset(source.path, source.split, folder)
     else:
-        readers = [partial(_read, path) for path in _files(source.path, folder)]
+        readers = [partial(_read, path, name) for path, name in _files(source.path, folder).items()]
     return [partial(_renamed, one, source.columns) for one in readers]
 
 
@@ -108,8 +115,8 @@ def _renamed(read: Callable[[], Iterator[Row]], columns: dict[str, str]) -> Iter
         yield Row(row.id, _rename(row, columns))
 
 
-def _looks(files: list[Path]) -> list[list[Any]]:
-    return [[path.name, (state := path.stat()).st_size, state.st_mtime_ns] for path in files]
+def _looks(files: dict[Path, str]) -> list[list[Any]]:
+    return [[name, (state := path.stat()).st_size, state.st_mtime_ns] for path, name in files.items()]
 
 
 def _all_rows(source: Source, folder: Path) -> Iterator[Row]:
@@ -121,31 +128,38 @@ def _all_rows(source: Source, folder: Path) -> Iterator[Row]:
         raise UserError(
             f"`split: {source.split}` is for data sets of the hub and folders that `datasets` saved; {place} is neither."
         )
-    for path in _files(source.path, folder):
-        yield from _read(path)
+    for path, name in _files(source.path, folder).items():
+        yield from _read(path, name)
 
 
 def _saved_by_datasets(place: Path) -> bool:
     return (place / "state.json").is_file() or (place / "dataset_dict.json").is_file()
 
 
-def _files(path: str, folder: Path) -> list[Path]:
+def _files(path: str, folder: Path) -> dict[Path, str]:
+    """The files that a path means, in order, each with the name that its rows' ids begin with."""
     place = locate(path, folder)
+    if place.is_file():  # before it is taken for a glob: names may hold brackets
+        return {place: place.name}
     if any(sign in path for sign in "*?["):
         found = sorted(Path(match) for match in glob.glob(str(place), recursive=True))
         if not found:
             raise UserError(f"No file matches {place}. Relative paths resolve in {folder.absolute()}.")
-        return found
-    if not place.is_file():
-        what = "is a folder" if place.is_dir() else "does not exist"
-        raise UserError(
-            f"The data file {place} {what}. Relative paths resolve in {folder.absolute()}; "
-            "set `data:` in the recipe (or --set data=FOLDER) to resolve them elsewhere."
-        )
-    return [place]
+        times = Counter(one.name for one in found)
+        fixed = place
+        while glob.has_magic(str(fixed)):
+            fixed = fixed.parent
+        # Files of one name are told apart by their folders: an id names one row.
+        return {one: one.name if times[one.name] == 1 else one.relative_to(fixed).as_posix() for one in found}
+    what = "is a folder" if place.is_dir() else "does not exist"
+    raise UserError(
+        f"The data file {place} {what}. Relative paths resolve in {folder.absolute()}; "
+        "set `data:` in the recipe (or --set data=FOLDER) to resolve them elsewhere."
+    )
 
 
-def _read(path: Path) -> Iterator[Row]:
+def _read(path: Path, name: str) -> Iterator[Row]:
+    """The rows of a file, whose ids begin with `name`."""
     suffixes = path.suffixes[-2:]
     opener = OPENERS.get(suffixes[-1] if suffixes else "", open)
     kind = suffixes[0] if opener is not open and len(suffixes) == 2 else path.suffix
@@ -154,10 +168,11 @@ def _read(path: Path) -> Iterator[Row]:
         raise UserError(f"{path} ends in '{path.suffix}'. Readable: {allowed}; compressed too ({', '.join(OPENERS)}).")
     try:
         with opener(path, "rb") as file:
-            yield from READERS[kind](path, file)
+            for row in READERS[kind](path, file):
+                yield row if name == path.name else Row(name + row.id.removeprefix(path.name), row.values)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
-    except (EOFError, lzma.LZMAError, OSError) as error:
+    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
         raise UserError(f"{path} could not be read: {error}.") from None
 
 
@@ -179,7 +194,9 @@ def _read_jsonl(path: Path, file: Any) -> Iterator[Row]:
                 f"{path} line {number} is not valid JSON: {error.msg} at column {error.colno}. "
                 f"The line begins: {line[:60].strip()!r}."
             ) from None
-        yield _record(values, f"{path} line {number}", f"{path.name}:{number}")
+        except RecursionError:
+            raise UserError(f"{path} line {number} is nested too deeply to be read.") from None
+        yield _record(values, f"{path} line {number}", f"{path.name}:{number}", _ESCAPED.search(line) is not None)
 
 
 def _read_json(path: Path, file: Any) -> Iterator[Row]:
@@ -191,14 +208,18 @@ def _read_json(path: Path, file: Any) -> Iterator[Row]:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno} is not valid JSON: {error.msg}.") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be read.") from None
+    escaped = _ESCAPED.search(text) is not None
     if isinstance(content, dict) and "Instances" in content:
-        yield from superni_rows(content, path)
+        for number, row in enumerate(superni_rows(content, path), 1):
+            yield _record(row.values, f"{path} instance {number}", row.id, escaped)
         return
     records = content.get("data") if isinstance(content, dict) else content
     if not isinstance(records, list):
         raise UserError(f"{path} must hold a list of records, one under 'data', or a task with 'Instances'.")
     for number, values in enumerate(records, 1):
-        yield _record(values, f"{path} record {number}", f"{path.name}:{number}")
+        yield _record(values, f"{path} record {number}", f"{path.name}:{number}", escaped)
 
 
 def superni_rows(content: dict[str, Any], path: Path) -> Iterator[Row]:
@@ -211,7 +232,7 @@ def superni_rows(content: dict[str, Any], path: Path) -> Iterator[Row]:
     categories = content.get("Categories") or []
     shared = {
         "task": path.name.split(".")[0],
-        "definition": definition if isinstance(definition, str) else definition[0],
+        "definition": definition[0] if isinstance(definition, list) else definition,
         "positive_examples": content.get("Positive Examples") or [],
         "negative_examples": content.get("Negative Examples") or [],
         "categories": [categories] if isinstance(categories, str) else categories,
@@ -226,6 +247,7 @@ def superni_rows(content: dict[str, Any], path: Path) -> Iterator[Row]:
 
 
 def _read_csv(path: Path, file: Any, delimiter: str = ",") -> Iterator[Row]:
+    csv.field_size_limit(LONGEST_FIELD)
     reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     try:
         for values in reader:
@@ -268,9 +290,21 @@ READERS: dict[str, Callable[[Path, Any], Iterator[Row]]] = {
 OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-def _record(values: Any, where: str, name: str) -> Row:
+# What a half of a surrogate pair looks like in JSON: only a text with one has to be looked at more closely.
+_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _record(values: Any, where: str, name: str, escaped: bool) -> Row:
     if not isinstance(values, dict):
         raise UserError(f"{where} holds a {type(values).__name__}; it must be an object with named columns.")
+    if escaped:
+        try:
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{where} holds half a surrogate pair (\\u{ord(error.object[error.start]):x}), which is no character. "
+                "Remove it or write both halves."
+            ) from None
     return Row(name, values)
 
 

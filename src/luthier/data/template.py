@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
+import jinja2.nodes
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import SandboxedEnvironment
 
@@ -44,7 +45,7 @@ class Template:
         return _strict if self.strict else _lenient
 
     def parts(
-        self, values: Mapping[str, Any], where: str, *, seed: int | None = None, truncate: bool = False
+        self, values: Mapping[str, Any], where: str, *, seed: int | str | None = None, truncate: bool = False
     ) -> list[str]:
         """All parts between separators. `seed` decides what the filters `choice` and `random` draw."""
         _draws.seed(seed)
@@ -72,11 +73,28 @@ class Template:
 
     def prompt_variables(self) -> set[str]:
         """Names of the columns that the part before the first ``|||`` uses."""
-        return jinja2.meta.find_undeclared_variables(_strict.parse(self.text.split(SEPARATOR)[0]))
+        used = jinja2.meta.find_undeclared_variables(self._cut() or _strict.parse(self.text))
+        return used if self.strict else used - {"answer_choices"}  # these are the template's own
+
+    def _cut(self) -> jinja2.nodes.Template | None:
+        """The part before the first ``|||`` by itself; None where a block holds both: ``{% if a %}b ||| c{% endif %}``."""
+        try:
+            return _strict.parse(self.text.split(SEPARATOR)[0])
+        except jinja2.TemplateSyntaxError:
+            return None
 
     def render_prompt(self, values: Mapping[str, Any], where: str) -> str:
         """Render the part before the first ``|||`` alone: a new text has no completion yet."""
-        return Template(self.text.split(SEPARATOR)[0], strict=self.strict).parts(values, where)[0]
+        if self._cut() is not None:
+            return Template(self.text.split(SEPARATOR)[0], self.choice_text, self.strict).parts(values, where)[0]
+        whole = Template(self.text, self.choice_text, strict=False)
+        prompt = whole.parts(values, where)[0]  # what only the completion uses renders empty
+        if not prompt:
+            raise UserError(
+                f"{where}: the template gives no prompt. It uses {', '.join(sorted(self.prompt_variables()))}; the row "
+                f"has: {', '.join(map(str, values))}."
+            )
+        return prompt
 
     def _run(self, text: str, protected: dict[str, Any], where: str, values: Mapping[str, Any]) -> str:
         try:
@@ -99,6 +117,8 @@ class Template:
             raise UserError(
                 f"The template is not valid Jinja, line {error.lineno}: {error.message}. It is: {_short(text)}"
             ) from error
+        except (RecursionError, MemoryError) as error:
+            raise UserError(f"The template is nested too deeply to be read. It is: {_short(text)}") from error
 
     def _failed(self, where: str, error: Exception, values: Mapping[str, Any]) -> UserError:
         if isinstance(error, SecurityError):

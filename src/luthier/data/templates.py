@@ -11,7 +11,7 @@ from luthier.data.formats.promptsource import Entry, find_template, read_templat
 from luthier.data.formats.superni import TkInstructTemplate, TokenCounter, read_form
 from luthier.data.library import template_files
 from luthier.data.task import Frame
-from luthier.data.template import Template
+from luthier.data.template import SEPARATOR, Template
 from luthier.data.worker import RenderWorker
 from luthier.errors import UserError, nearest
 
@@ -56,11 +56,12 @@ class NamedTemplate:
         """Parts and answer choices of one row; `tokens` is there where `counts` says so."""
         if isinstance(self.template, TkInstructTemplate):
             return self.template.parts(values, where, tokens), self.template.choices(values, where) or ()
+        draws = f"{seed} {where}"  # of its own for each row: one seed for all would draw the same item in every row
         if self.outside:
             assert isinstance(self.template, Template)
-            parts, choices = worker.parts(self.template, values, where, seed=seed)
+            parts, choices = worker.parts(self.template, values, where, seed=draws)
             return parts, tuple(choices or ())
-        parts = self.template.parts(values, where, seed=seed)
+        parts = self.template.parts(values, where, seed=draws)
         return parts, self.template.choices(values, where) or ()
 
 
@@ -76,14 +77,14 @@ def resolve_templates(
     found: list[NamedTemplate] = []
     for number, spec in enumerate([specs] if isinstance(specs, str) else specs, 1):
         if spec.startswith(PREFIX):
-            found.append(_outside(_by_reference(spec.removeprefix(PREFIX), folder)))
+            found.append(_outside(_by_reference(spec.removeprefix(PREFIX), folder), choices))
         elif spec.startswith(FLAN):
             found += _flan(spec.removeprefix(FLAN), choices, folder)
         elif spec.startswith(TK_INSTRUCT):
             form = read_form(spec.removeprefix(TK_INSTRUCT), _listed(choices, spec))
             found.append(NamedTemplate(spec, form, outside=False))
         elif spec.endswith((".yaml", ".yml")) and "\n" not in spec and "{" not in spec:
-            found += [_outside(entry) for entry in read_templates(folder / Path(spec).expanduser()).values()]
+            found += [_outside(entry, choices) for entry in read_templates(folder / Path(spec).expanduser()).values()]
         else:
             found.append(NamedTemplate(f"template {number}", Template(spec, choices), outside=False))
     if not found:
@@ -111,8 +112,21 @@ def _listed(choices: str | Sequence[str] | None, spec: str) -> tuple[str, ...] |
     return None if choices is None else tuple(map(str, choices))
 
 
-def _outside(entry: Entry) -> NamedTemplate:
-    return NamedTemplate(entry.name, entry.template, outside=True)
+def _outside(entry: Entry, choices: str | Sequence[str] | None) -> NamedTemplate:
+    """A file's template, with the task's choices where it brings none; raises UserError for choices unlike its own."""
+    template, own = entry.template, entry.template.choice_text
+    if choices is not None and not own:
+        template = Template(template.text, choices, template.strict)
+    elif choices is not None and own and _each(choices) != _each(own):
+        raise UserError(
+            f"The template {entry.name!r} brings its own answer choices ({own!r:.80}), unlike the task's `choices` "
+            f"({choices!r:.80}). Leave `choices` out, or write the template into the recipe."
+        )
+    return NamedTemplate(entry.name, template, outside=True)
+
+
+def _each(choices: str | Sequence[str]) -> list[str]:
+    return [one.strip() for one in (choices.split(SEPARATOR) if isinstance(choices, str) else map(str, choices))]
 
 
 def _by_reference(reference: str, folder: Path) -> Entry:

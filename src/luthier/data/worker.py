@@ -47,7 +47,7 @@ class RenderWorker:
         values: Mapping[str, Any],
         where: str,
         *,
-        seed: int | None = None,
+        seed: int | str | None = None,
         truncate: bool = False,
     ) -> tuple[list[str], list[str] | None]:
         """Parts and answer choices of one row; raises UserError as `Template.parts` does, and past the limits."""
@@ -60,10 +60,14 @@ class RenderWorker:
             "seed": seed,
             "truncate": truncate,
         }
+        try:
+            line = json.dumps(asked, default=str)  # dates and bytes, which JSON has not, as Jinja would write them
+        except RecursionError:
+            raise UserError(f"{where}: the row's values are nested too deeply for a template.") from None
         child = self._started()
         assert child.stdin is not None
         assert child.stdout is not None
-        child.stdin.write(json.dumps(asked) + "\n")
+        child.stdin.write(line + "\n")
         child.stdin.flush()
         with selectors.DefaultSelector() as ready:
             ready.register(child.stdout, selectors.EVENT_READ)

@@ -14,6 +14,8 @@ from typing import Any
 _BOUNDARY = re.compile(r"(?<=\S)(?= \S)")
 # Pieces kept; at some 200 bytes each, a memo that is full takes about 100 MB.
 KEPT = 500_000
+# Characters of a piece that is kept: a text without spaces is one piece, and comes once.
+LONGEST = 40
 
 
 def reader(tokenizer: Any) -> Callable[[str], list[int]]:
@@ -71,9 +73,11 @@ class WordMemo:
         return [token for part in parts for token in self._piece(part)]
 
     def _learn(self, known: dict[str, list[int]], name: str, text: str) -> list[int]:
+        found: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        if len(name) > LONGEST:
+            return found
         if len(known) >= KEPT:
             known.clear()
-        found: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         known[name] = found
         return found
 

@@ -166,7 +166,7 @@ class FlanTemplate:
     fixed: tuple[str, ...] | None = None
     fields: Fields = Fields()
 
-    def parts(self, values: Mapping[str, Any], where: str, *, seed: int | None = None) -> list[str]:
+    def parts(self, values: Mapping[str, Any], where: str, *, seed: int | str | None = None) -> list[str]:
         """Prompt and completion; raises UserError for a place that the row cannot fill."""
         filled = self._filled(self.fields.of(values, where))
         for text in (self.pattern.inputs, self.pattern.targets):

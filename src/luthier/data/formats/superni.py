@@ -82,6 +82,7 @@ class TkInstructTemplate:
                     f"{where}: no column {name!r}, which tk-instruct prompts are made of (Super-NaturalInstructions' task "
                     f"files have it). {nearest(name, map(str, values))}"
                 )
+        self._check(values, where)
         instance = {
             "Task": values.get("task", ""),
             "Definition": values.get("definition", ""),
@@ -92,6 +93,29 @@ class TkInstructTemplate:
         if tokens is None:
             return build_source(instance, self.form, 1, lambda _: 0, lambda text, _: text).text
         return build_source(instance, self.form, self.limit, tokens.count, tokens.head).text
+
+    def _check(self, values: Mapping[str, Any], where: str) -> None:
+        """Raise UserError unless definition and examples have the shapes of a task file's."""
+        definition = values.get("definition", "")
+        texts = definition if isinstance(definition, list) else [definition]
+        if self.form.definition and not all(isinstance(one, str) for one in texts):
+            raise UserError(f"{where}: `definition` must be a text or a list of texts; it is {definition!r:.80}.")
+        for name, wanted in (("positive_examples", self.form.positives), ("negative_examples", self.form.negatives)):
+            examples = values.get(name) or []
+            if wanted and not (isinstance(examples, list) and all(map(_is_example, examples))):
+                raise UserError(
+                    f"{where}: `{name}` must be a list of objects with the texts `input` and `output` (and perhaps "
+                    f"`explanation`); it is {examples!r:.80}."
+                )
+
+
+def _is_example(given: Any) -> bool:
+    return (
+        isinstance(given, Mapping)
+        and isinstance(given.get("input"), str)
+        and isinstance(given.get("output"), str)
+        and isinstance(given.get("explanation", ""), str)
+    )
 
 
 def read_form(text: str, choices: tuple[str, ...] | None) -> TkInstructTemplate:
