@@ -9,13 +9,15 @@ import random
 from functools import cache
 
 import pytest
+import torch
 from tests import tiny
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from luthier.data.task import Example
 from luthier.encoding.batches import collate
-from luthier.encoding.encoder import Encoder
+from luthier.encoding.encoder import Encoded, Encoder
 
 PAIRS = 1500
 SIGNS = "abcdefghij  \n\t.,:;!?'\"|{}()<>/\\0123456789éßøñ東京語नमस्ते🙂👩‍💻\u00a0\u200b\u2028ﬁ"
@@ -60,6 +62,17 @@ def tokenizer_named(name: str, request: pytest.FixtureRequest):
     return {"word-piece": word_piece, "spaced-bpe": spaced_bpe, "byte-bpe": tiny.byte_bpe}[name]()
 
 
+def asked_ids(tokenizer: PreTrainedTokenizerFast, example: Example, name: str) -> list[int]:
+    """A prompt's ids by the tokenizer alone: a chat's turn, an encoder's text, or a text and a line's end."""
+    if name == "smollm2":
+        turns = [{"role": "user", "content": example.prompt}]
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+    if name == "t5":
+        return list(tokenizer(example.prompt).input_ids)
+    ids = list(tokenizer(f"{example.prompt}\n").input_ids)
+    return ids[:-1] if name == "word-piece" else ids  # its end token would stand between prompt and completion
+
+
 PLAIN = "abcdefghij  .,:;!?"
 
 
@@ -90,7 +103,7 @@ def test_trained_ids_are_the_completion_and_one_end_token(name: str, request: py
         if tokenizer.unk_token_id not in body or exact:  # an unknown sign is lost, whoever tokenizes it
             known += 1
             unlike += again != body  # a normalizer need not be idempotent on every sign; it is on nearly all
-        assert row.prompt == encoder.prompt_ids(example), "prompt ids must be those used at inference"
+        assert row.prompt == asked_ids(tokenizer, example, name), "prompt ids must be those used at inference"
         if start is not None and not encoder.chat and name != "t5":
             assert row.prompt.count(start) == (1 if name != "byte-bpe" else 0)
     assert known > PAIRS // 20
@@ -100,6 +113,35 @@ def test_trained_ids_are_the_completion_and_one_end_token(name: str, request: py
     for row, labels in zip(rows, packed, strict=False):
         single = collate([row], 0 if name == "t5" else None)
         assert labels.tolist() == single.labels.tolist() == row.target
+    if name != "t5":
+        assert_targets_come_before_their_labels(batch.source.ids, batch.targets, batch.labels, rows[:200])
+
+
+def assert_targets_come_before_their_labels(ids: Tensor, targets: Tensor, labels: Tensor, rows: list[Encoded]) -> None:
+    """The token after each target is its label; a row's last label, the end token, is never read."""
+    ends = set(torch.tensor([len(row.target) for row in rows]).cumsum(0).sub(1).tolist())
+    inner = [place for place in range(len(labels)) if place not in ends]
+    assert torch.equal(ids[targets[inner] + 1], labels[inner])
+    lasts = torch.tensor([len(row.prompt) + len(row.target) - 1 for row in rows]).cumsum(0) - 1
+    assert torch.equal(targets[sorted(ends)], lasts)
+
+
+def test_padded_rows_give_the_states_before_their_labels() -> None:
+    """A base that does not pack, with states that say which token they were made of."""
+    encoder = Encoder(tiny.byte_bpe(), encoder_decoder=False, chat=False, max_length=64)
+    draw = random.Random(2)
+    rows = [encoder.encode(Example(str(number), text(draw, 30), text(draw, 15))) for number in range(8)]
+    batch = collate(rows, None)
+    base = tiny.make("opt")
+    with torch.no_grad():
+        together = base.target_states(batch)
+        alone = []
+        for row in rows:
+            ids = torch.tensor([row.prompt + row.target[:-1]])
+            states = base.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+            alone.append(states[len(row.prompt) - 1 :])
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert_targets_come_before_their_labels(batch.source.ids, batch.targets, batch.labels, rows)
 
 
 def test_plain_and_chat_train_the_same_ids(request: pytest.FixtureRequest) -> None:

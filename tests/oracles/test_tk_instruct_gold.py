@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tests import tiny
 from transformers import AutoTokenizer
 
 from luthier.data.formats.superni import TkInstruct, build_source
@@ -97,3 +98,21 @@ def test_a_row_of_another_shape_is_named(tmp_path: Path, given: dict, message: s
     task = Task(template="tk-instruct:def+pos1", train=Source("t.json"), validation=0, test=0)
     with pytest.raises(UserError, match=f"t.json:1: {message}"):
         load_examples(task, tmp_path, 0)
+
+
+def test_an_output_is_stripped_and_outputs_are_references(tmp_path: Path) -> None:
+    instances = [{"input": "i", "output": [" one\n", "two"]}]
+    (tmp_path / "t.json").write_text(json.dumps({"Definition": "d", "Instances": instances}))
+    task = Task(template="tk-instruct:def", test=Source("t.json"), validation=0, references=["outputs"])
+    (found,) = load_examples(task, tmp_path, 0).test
+    assert found.completion == "one"
+    assert found.references == (" one\n", "two")
+
+
+def test_a_head_ends_in_a_whole_sign() -> None:
+    tokenizer = tiny.byte_bpe()
+    tokens = PromptTokens(Encoder(tokenizer, encoder_decoder=False, chat=False, max_length=64))
+    for text in ("a 語語語語", "a \ufffd 語\ufffd"):
+        heads = [tokens.head(text, limit) for limit in range(1, tokens.count(text) + 1)]
+        assert all(text.startswith(head) for head in heads)
+        assert heads[-1] == text

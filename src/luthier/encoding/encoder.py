@@ -251,11 +251,13 @@ class PromptTokens:
         """The text of the first tokens: `limit` with those before it (a chat's turn: with all around it)."""
         ids = self.encoder.text_ids(text)
         around = self.count(text) - len(ids) if self.encoder.chat else self.encoder.tokens_before
-        return str(
+        kept = str(
             self.encoder.tokenizer.decode(
                 ids[: limit - around], skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         )
+        # A cut inside a sign of several bytes leaves a replacement sign that the text does not have.
+        return kept if text.startswith(kept) else kept.rstrip("\ufffd")
 
     def identity(self) -> list[Any]:
         """All that decides these numbers."""

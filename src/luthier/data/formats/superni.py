@@ -60,7 +60,7 @@ class TkInstructTemplate:
         """Prompt and completion; raises UserError for a row of another kind."""
         if "output" not in values:
             raise UserError(f"{where}: no column 'output'. The row has: {', '.join(map(str, values))}.")
-        return [self.render_prompt(values, where, tokens), str(values["output"])]
+        return [self.render_prompt(values, where, tokens), str(values["output"]).strip()]
 
     def choices(self, values: Mapping[str, Any], where: str) -> tuple[str, ...] | None:
         """The task's answer choices."""
