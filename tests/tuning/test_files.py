@@ -208,6 +208,21 @@ def test_a_name_is_taken_once_and_a_failed_attach_leaves_no_trace() -> None:
         attach(base, "long", PromptTuning(length=512))
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (LoRA(layers=[0, 99]), "has no block 99, but blocks 0 to 1, or -2 to -1"),
+        (LoRA(layers=[-3]), "has no block -3"),
+        (LoRA(layers=[]), "layers is empty"),
+        (LoRA(targets="lm_head", layers=[0]), "No target stands in the blocks 0"),
+        (PromptTuning(length=2, init="class_labels", labels=["yes", "no", "red"]), "3 labels for a length of 2"),
+    ],
+)
+def test_what_would_be_dropped_silently_is_said(method: LoRA | PromptTuning, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        attach(tiny.make("llama"), "t", method)
+
+
 def test_prompt_tuning_starts_from_its_text() -> None:
     base = tiny.make("llama")
     text = "the guest asks"
