@@ -89,6 +89,47 @@ def test_what_peft_saved_is_refused_by_name(folder: Path, changes: dict, message
     assert str(folder) in refused(folder, message)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lora_alpha", None),
+        ("lora_alpha", "16"),
+        ("r", 2.0),
+        ("r", True),
+        ("alpha_pattern", {"q_proj": "x"}),
+        ("rank_pattern", [1]),
+        ("modules_to_save", "lm_head"),
+        ("target_modules", [1]),
+        ("layers_to_transform", "0"),
+        ("num_virtual_tokens", 2.5),
+    ],
+)
+def test_a_damaged_config_is_named_with_its_key(folder: Path, key: str, value: object) -> None:
+    (folder / "luthier.json").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if key == "num_virtual_tokens":
+        config = {"peft_type": "PROMPT_TUNING"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+    assert str(folder) in refused(folder, f"adapter_config.json is damaged: {key} is ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"method": "zero_shot"}}, "unknown method 'zero_shot'"),
+        ({"settings": {"method": ["x"]}}, r"unknown method \['x'\]"),
+        ({"settings": {}}, "unknown method None"),
+        ({"settings": ["lora"]}, "is damaged: settings: "),
+        ({"base": {"model": "m"}}, "is damaged: base.fingerprint: "),
+        ({"base": None}, "is damaged: base: "),
+    ],
+)
+def test_a_damaged_card_is_named_with_its_key(folder: Path, changes: dict, message: str) -> None:
+    card = json.loads((folder / "luthier.json").read_text())
+    (folder / "luthier.json").write_text(json.dumps(card | changes))
+    assert str(folder) in refused(folder, f"luthier.json (names the )?{message}")
+
+
 def test_a_cut_file_of_pefts_is_named(folder: Path) -> None:
     (folder / "luthier.json").unlink()
     weights = folder / "adapter_model.safetensors"
