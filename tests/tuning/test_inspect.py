@@ -15,8 +15,14 @@ from luthier.tuning.inspect_weights import effective_rank, inspect_lora, inspect
 TEXT = "The guest asks the clerk for a quiet room"
 
 
-def test_an_untrained_prompt_is_exactly_its_text() -> None:
-    base = tiny.make("llama")
+@pytest.mark.parametrize("other", [None, LoRA(rank=1, targets="embeddings"), Full()])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_an_untrained_prompt_is_exactly_its_text(family: str, other: LoRA | Full | None) -> None:
+    base = tiny.make(family)
+    if other:  # whatever else is in use
+        attach(base, "other", other)
+        disturb(base, "other")
+        base.use("other")
     length = len(base.tokenizer(TEXT, add_special_tokens=False).input_ids)
     attach(base, "t", PromptTuning(length=length, init_text=TEXT))
     found = inspect_prompt(base, "t")
@@ -25,6 +31,9 @@ def test_an_untrained_prompt_is_exactly_its_text() -> None:
     assert found.mean_cosine == pytest.approx(1.0)
     assert found.chance_cosine < 0.9
     assert all(one.neighbours[0].distance == 0.0 for one in found.tokens)
+    before = base.grafts.prompts["t"].detach().clone()
+    with replaced_by_tokens(base, "t", found.ids):
+        assert torch.equal(base.grafts.prompts["t"], before), "the tokens are what the prompt started from"
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
