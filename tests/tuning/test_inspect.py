@@ -145,6 +145,23 @@ def test_spectra_are_those_of_the_formed_products(family: str, quantize) -> None
         assert one.rank == 3 and f".{one.block}." in one.path
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_embeddings_and_magnitudes_are_counted(dora: bool) -> None:
+    base = tiny.make("gemma2")
+    attach(base, "t", LoRA(rank=2, alpha=4, targets=["embeddings", "q_proj"], dora=dora))
+    disturb(base, "t")
+    base.use("t", merged=True)
+    after = {path: dense_weight(base.grafts.modules[path]).clone() for path in base.grafts.deltas("t")}
+    base.use(None)
+    found = {one.path: one for one in inspect_lora(base, "t")}
+    assert found.keys() == after.keys() and "model.embed_tokens" in found
+    for path, one in found.items():
+        before = dense_weight(base.grafts.modules[path])
+        assert one.relative == pytest.approx(float((after[path] - before).norm() / before.norm()), rel=1e-3)
+        assert one.norm > 0 and (one.rank, len(one.singular_values)) == (2, 2)
+        assert dora or one.relative == pytest.approx(one.norm / float(before.norm()), rel=1e-3)
+
+
 def test_changes_are_relative_to_the_base_block_by_block() -> None:
     base = tiny.make("llama")
     attach(base, "t", Full())
