@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests import tiny
-from tests.laws.cases import DTYPES, FAMILIES
+from tests.laws.cases import DTYPES, FAMILIES, METHOD_CASES, VARIANTS
 from tests.laws.test_methods import batch_of, disturb, make_rows, scores
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
@@ -96,6 +96,41 @@ def test_save_and_load_restore_the_bits_on_either_storage(family: str, method: s
         assert same(dict(parameters(other, "t")), dict(parameters(base, "t")))
     again.use("t")
     assert torch.equal(scores(again, rows), scores(base, rows))
+
+
+# Whole weights of the quantized linears are the one thing that 4 bits cannot train.
+OTHERS = {name: (one, FAMILIES) for name, one in METHOD_CASES.items() if name not in (*METHODS, "full")} | {
+    name: one for name, one in VARIANTS.items() if name not in ("selective-last-block", "selective-pattern")
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "family"), [(name, family) for name, (_, families) in OTHERS.items() for family in families[:2]]
+)
+def test_every_other_method_keeps_the_laws(method: str, family: str, tmp_path: Path) -> None:
+    """Identity at the start, only what is owned moves, files restore it, detaching restores the base."""
+    base, one = tiny.make(family, quantize="nf4"), OTHERS[method][0]
+    rows = make_rows(base, 4)
+    before, numbers = scores(base, rows), bits(base)
+    attach(base, "t", one)
+    base.use("t")
+    assert torch.equal(scores(base, rows), before) == one.laws.identity_at_start.holds
+    start = {key: parameter.detach().clone() for key, parameter in parameters(base, "t").items()}
+    settings = TrainingSettings(max_steps=3, batch_size=4, learning_rate=1e-2, warmup=0.0)
+    train(base, "t", Shuffled(rows, 0), settings, 0, tmp_path)
+    assert same(bits(base), numbers)
+    still = [key for key, parameter in parameters(base, "t").items() if torch.equal(parameter, start[key])]
+    assert len(still) <= len(start) // 4, f"owned but never moved: {still}"
+    base.use("t")
+    trained = scores(base, rows)
+    for file, content in pack(base, "t").items():
+        (tmp_path / file).write_bytes(content)
+    again = tiny.make(family, quantize="nf4")
+    load_tuning(again, tmp_path, "t")
+    again.use("t")
+    assert torch.equal(scores(again, rows), trained)
+    detach(base, "t")
+    assert torch.equal(scores(base, rows), before) and same(bits(base), numbers)
 
 
 @each_family

@@ -317,3 +317,25 @@ def test_trackers_are_told_every_number(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_wrong_values_are_refused(given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainingSettings(**given)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "still"),
+    [
+        ("llama", PrefixTuning(length=2, reparametrise=True, hidden=4), {"embedding"}),
+        ("llama", PrefixTuning(length=2), {"prompt_embeddings"}),
+        ("t5", Full(), {f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for side in ("encoder", "decoder")}),
+        ("llama", LoRA(rank=2), set()),
+    ],
+)  # fmt: skip
+def test_decay_spares_what_need_not_be_near_zero(family: str, method: Method, still: set[str]) -> None:
+    """Without gradients in the way, one step of decay scales every matrix and nothing else."""
+    base = tuned(family, method)
+    owned = parameters(base, "t")
+    with torch.no_grad():
+        for parameter in owned.values():
+            parameter.fill_(1.0)
+            parameter.grad = torch.zeros_like(parameter)
+    Optimizer(owned, weight_decay=0.5).step(0.1, 1.0)
+    unmoved = {key for key, parameter in owned.items() if torch.equal(parameter, torch.ones_like(parameter))}
+    assert unmoved == still | {key for key, parameter in owned.items() if parameter.ndim < 2}

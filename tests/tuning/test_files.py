@@ -89,6 +89,47 @@ def test_what_peft_saved_is_refused_by_name(folder: Path, changes: dict, message
     assert str(folder) in refused(folder, message)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lora_alpha", None),
+        ("lora_alpha", "16"),
+        ("r", 2.0),
+        ("r", True),
+        ("alpha_pattern", {"q_proj": "x"}),
+        ("rank_pattern", [1]),
+        ("modules_to_save", "lm_head"),
+        ("target_modules", [1]),
+        ("layers_to_transform", "0"),
+        ("num_virtual_tokens", 2.5),
+    ],
+)
+def test_a_damaged_config_is_named_with_its_key(folder: Path, key: str, value: object) -> None:
+    (folder / "luthier.json").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if key == "num_virtual_tokens":
+        config = {"peft_type": "PROMPT_TUNING"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+    assert str(folder) in refused(folder, f"adapter_config.json is damaged: {key} is ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"method": "zero_shot"}}, "unknown method 'zero_shot'"),
+        ({"settings": {"method": ["x"]}}, r"unknown method \['x'\]"),
+        ({"settings": {}}, "unknown method None"),
+        ({"settings": ["lora"]}, "is damaged: settings: "),
+        ({"base": {"model": "m"}}, "is damaged: base.fingerprint: "),
+        ({"base": None}, "is damaged: base: "),
+    ],
+)
+def test_a_damaged_card_is_named_with_its_key(folder: Path, changes: dict, message: str) -> None:
+    card = json.loads((folder / "luthier.json").read_text())
+    (folder / "luthier.json").write_text(json.dumps(card | changes))
+    assert str(folder) in refused(folder, f"luthier.json (names the )?{message}")
+
+
 def test_a_cut_file_of_pefts_is_named(folder: Path) -> None:
     (folder / "luthier.json").unlink()
     weights = folder / "adapter_model.safetensors"
@@ -206,6 +247,21 @@ def test_a_name_is_taken_once_and_a_failed_attach_leaves_no_trace() -> None:
         attach(base, "t", LoRA())
     with pytest.raises(UserError, match="do not fit a context of 512"):
         attach(base, "long", PromptTuning(length=512))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (LoRA(layers=[0, 99]), "has no block 99, but blocks 0 to 1, or -2 to -1"),
+        (LoRA(layers=[-3]), "has no block -3"),
+        (LoRA(layers=[]), "layers is empty"),
+        (LoRA(targets="lm_head", layers=[0]), "No target stands in the blocks 0"),
+        (PromptTuning(length=2, init="class_labels", labels=["yes", "no", "red"]), "3 labels for a length of 2"),
+    ],
+)
+def test_what_would_be_dropped_silently_is_said(method: LoRA | PromptTuning, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        attach(tiny.make("llama"), "t", method)
 
 
 def test_prompt_tuning_starts_from_its_text() -> None:

@@ -143,7 +143,7 @@ def test_blocks_choose_targets() -> None:
 
     assert blocks([-1]) == {"2"}
     assert blocks([0, 2]) == {"0", "2"}
-    with pytest.raises(UserError, match="No target stands in the blocks 3: this llama model has blocks 0 to 2, or -3"):
+    with pytest.raises(UserError, match="this llama model has no block 3, but blocks 0 to 2, or -3"):
         blocks([3])
 
 

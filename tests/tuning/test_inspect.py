@@ -15,8 +15,14 @@ from luthier.tuning.inspect_weights import effective_rank, inspect_lora, inspect
 TEXT = "The guest asks the clerk for a quiet room"
 
 
-def test_an_untrained_prompt_is_exactly_its_text() -> None:
-    base = tiny.make("llama")
+@pytest.mark.parametrize("other", [None, LoRA(rank=1, targets="embeddings"), Full()])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_an_untrained_prompt_is_exactly_its_text(family: str, other: LoRA | Full | None) -> None:
+    base = tiny.make(family)
+    if other:  # whatever else is in use
+        attach(base, "other", other)
+        disturb(base, "other")
+        base.use("other")
     length = len(base.tokenizer(TEXT, add_special_tokens=False).input_ids)
     attach(base, "t", PromptTuning(length=length, init_text=TEXT))
     found = inspect_prompt(base, "t")
@@ -25,6 +31,9 @@ def test_an_untrained_prompt_is_exactly_its_text() -> None:
     assert found.mean_cosine == pytest.approx(1.0)
     assert found.chance_cosine < 0.9
     assert all(one.neighbours[0].distance == 0.0 for one in found.tokens)
+    before = base.grafts.prompts["t"].detach().clone()
+    with replaced_by_tokens(base, "t", found.ids):
+        assert torch.equal(base.grafts.prompts["t"], before), "the tokens are what the prompt started from"
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
@@ -134,6 +143,23 @@ def test_spectra_are_those_of_the_formed_products(family: str, quantize) -> None
         )
         assert one.energy == pytest.approx(float(product.square().sum()) / whole, rel=1e-4)
         assert one.rank == 3 and f".{one.block}." in one.path
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_embeddings_and_magnitudes_are_counted(dora: bool) -> None:
+    base = tiny.make("gemma2")
+    attach(base, "t", LoRA(rank=2, alpha=4, targets=["embeddings", "q_proj"], dora=dora))
+    disturb(base, "t")
+    base.use("t", merged=True)
+    after = {path: dense_weight(base.grafts.modules[path]).clone() for path in base.grafts.deltas("t")}
+    base.use(None)
+    found = {one.path: one for one in inspect_lora(base, "t")}
+    assert found.keys() == after.keys() and "model.embed_tokens" in found
+    for path, one in found.items():
+        before = dense_weight(base.grafts.modules[path])
+        assert one.relative == pytest.approx(float((after[path] - before).norm() / before.norm()), rel=1e-3)
+        assert one.norm > 0 and (one.rank, len(one.singular_values)) == (2, 2)
+        assert dora or one.relative == pytest.approx(one.norm / float(before.norm()), rel=1e-3)
 
 
 def test_changes_are_relative_to_the_base_block_by_block() -> None:

@@ -104,7 +104,8 @@ class Optimizer:
         """Parameters that are stepped alike, together: one call for all of them."""
         alike: dict[tuple[float, float], list[Tensor]] = {}
         for key in keys:
-            # Decay pulls matrices only: norms, biases and soft prompts have no reason to be near zero.
+            # Decay pulls matrices only: norms, biases (T5's by distance too) and what stands before the rows have no
+            # reason to be near zero.
             decay = self._decay if self._is_matrix(key) else 0.0
             alike.setdefault((decay, self._factors.get(key, 1.0)), []).append(self.masters[key])
         return [
@@ -112,7 +113,8 @@ class Optimizer:
         ]
 
     def _is_matrix(self, key: str) -> bool:
-        return self.masters[key].ndim >= 2 and key != "prompt_embeddings"
+        last = key.removesuffix(".weight").rpartition(".")[2]
+        return self.masters[key].ndim >= 2 and key not in ("prompt_embeddings", "embedding") and "bias" not in last
 
     def _bucket_keys(self) -> list[list[str]]:
         buckets: list[list[str]] = []

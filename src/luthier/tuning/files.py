@@ -7,7 +7,7 @@ Weights are safetensors only.
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,25 @@ from luthier.errors import UserError
 from luthier.models.base import BaseModel
 from luthier.tuning import METHODS
 from luthier.tuning.method import Method, attach, detach, parameters
-from luthier.tuning.peft import task_type
+from luthier.tuning.peft import check_types, task_type
 
 PEFT_TYPES = {kind.peft_type: kind for kind in METHODS.values() if hasattr(kind, "peft_type")}
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "luthier.json"
+
+
+@dataclass
+class _Base:
+    model: str
+    fingerprint: str
+
+
+@dataclass
+class _Card:
+    base: _Base
+    settings: dict[str, Any]
+
+
+_CARD = TypeAdapter(_Card)
 
 
 def pack(base: BaseModel, name: str) -> dict[str, bytes]:
@@ -63,8 +78,8 @@ def load_tuning(base: BaseModel, folder: Path, name: str) -> None:
             f"The tuning in {folder} was trained on {card['base']['model']} (fingerprint {there}); this base is "
             f"{base.spec.model} (fingerprint {here}). Load it on its own base."
         )
-    kind = METHODS.get(card["settings"].get("method"))
-    if kind is None:
+    kind = METHODS.get(str(card["settings"].get("method")))
+    if kind is None or not hasattr(kind, "laws"):  # of those that train nothing, nothing is saved
         raise UserError(f"{folder / CARD} names the unknown method {card['settings'].get('method')!r}.")
     try:
         method: Any = TypeAdapter(kind).validate_python(card["settings"])
@@ -90,6 +105,10 @@ def load_peft(base: BaseModel, folder: Path, name: str) -> None:
         raise UserError(
             f"{folder / CONFIG} is for {config['task_type']}; this {base.family} base is {task_type(base)}."
         )
+    try:
+        check_types(config)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG} {error}") from None
     try:
         method: Any = kind.from_peft(base, config)
     except UserError as error:
@@ -135,9 +154,10 @@ def _read_card(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no tuning: neither {CARD} nor PEFT's {CONFIG} is there.")
     card = _read_json(folder / CARD)
     try:
-        _ = card["base"]["fingerprint"], card["base"]["model"], card["settings"]["method"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / CARD} is damaged: {error}.") from None
+        _CARD.validate_python(card)
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise UserError(f"{folder / CARD} is damaged: {said}.") from None
     return card
 
 

@@ -61,14 +61,16 @@ class PromptInspection:
 def inspect_prompt(base: BaseModel, name: str, neighbours: int = 5, seed: int = 0) -> PromptInspection:
     """Find what the soft prompt `name` is near to; random baselines are drawn from `seed`."""
     vectors = base.grafts.prompts[name].detach().float()  # (P, D)
-    table = base.embedding.weight.detach()
     generator = torch.Generator().manual_seed(seed)
-    cosines, ids = _nearest(vectors, table, neighbours)
+    with base.grafts.bare():
+        table = base.embedding.weight.detach()
+        cosines, ids = _nearest(vectors, table, neighbours)
+        embedded = base.embedding(ids).float()  # Gemma multiplies what it looks up; a cosine does not see that
     tokens = []
     for place, vector in enumerate(vectors):
         near = []
-        for cosine, token in zip(cosines[place].tolist(), ids[place].tolist(), strict=True):
-            distance = float((table[token].float() - vector).norm())
+        distances = (embedded[place] - vector).norm(dim=-1).tolist()
+        for cosine, token, distance in zip(cosines[place].tolist(), ids[place].tolist(), distances, strict=True):
             near.append(Neighbour(token, base.tokenizer.decode([token]), cosine, distance))
         tokens.append(VirtualToken(place, float(vector.norm()), near))
     first = ids[:, 0].tolist()
@@ -96,8 +98,8 @@ def replaced_by_tokens(base: BaseModel, name: str, ids: list[int]) -> Iterator[N
     """Put the embeddings of tokens in the soft prompt's place, and the prompt back afterwards."""
     prompt = base.grafts.prompts[name]
     kept = prompt.detach().clone()
-    with torch.no_grad():
-        prompt.copy_(base.embedding.weight[torch.tensor(ids, device=prompt.device)])
+    with torch.no_grad(), base.grafts.bare():
+        prompt.copy_(base.embedding(torch.tensor(ids, device=prompt.device)))
     try:
         yield
     finally:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from luthier.models.base import BaseModel
 from luthier.models.dense import dense_weight
+from luthier.tuning.dora import DoRA, DoRAEmbedding
+from luthier.tuning.lora_embedding import LowRankEmbedding
 from luthier.tuning.low_rank import LowRank
 
 
@@ -21,7 +23,8 @@ from luthier.tuning.low_rank import LowRank
 class Spectrum:
     """The product that a LoRA adds to one weight.
 
-    `norm` is ||scale B A||, `relative` that over ||W||, both Frobenius; `effective_rank` is exp of the entropy of the
+    `norm` is ||scale B A||, `relative` ||W' - W|| / ||W||, all Frobenius: for LoRA W' - W is that product, for DoRA its
+    magnitudes are in W' too, though in no other number here; an embedding's W is its table; `effective_rank` is exp of the entropy of the
     singular values' shares (Roy & Vetterli 2007), from 1 to r; `energy` the product's share of the tuning's squared norm.
     """
 
@@ -53,10 +56,19 @@ def inspect_lora(base: BaseModel, name: str) -> list[Spectrum]:
     for path, (module, delta) in base.grafts.deltas(name).items():
         if isinstance(delta, LowRank):
             values = singular_values(delta.lora_A.weight, delta.lora_B.weight, delta.scale)
-            found.append((path, values, float(dense_weight(module).norm())))
+        elif isinstance(delta, LowRankEmbedding):
+            values = singular_values(delta.lora_embedding_A, delta.lora_embedding_B, delta.scale)
+        else:
+            continue
+        weight, moved = dense_weight(module), float(values.norm())
+        if isinstance(delta, (DoRA, DoRAEmbedding)):
+            whole = delta.merged(weight, None)
+            assert whole is not None
+            moved = float((whole[0] - weight).norm())
+        found.append((path, values, moved / (float(weight.norm()) or 1.0)))
     total = sum(float(values.square().sum()) for _, values, _ in found) or 1.0
     spectra = []
-    for path, values, weight in found:
+    for path, values, relative in found:
         energy = float(values.square().sum())
         spectra.append(
             Spectrum(
@@ -65,7 +77,7 @@ def inspect_lora(base: BaseModel, name: str) -> list[Spectrum]:
                 rank=len(values),
                 singular_values=values.tolist(),
                 norm=math.sqrt(energy),
-                relative=math.sqrt(energy) / weight if weight else 0.0,
+                relative=relative,
                 effective_rank=effective_rank(values),
                 energy=energy / total,
             )

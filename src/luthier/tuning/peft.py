@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
 from luthier.errors import UserError
@@ -29,6 +30,39 @@ NEUTRAL = {
     "revision",
     "task_type",
 }
+
+# What the keys hold that decide which modules an adapter means and what is computed there.
+_NAMES = str | list[str] | None
+_KINDS: dict[str, Any] = {
+    "r": int,
+    "lora_alpha": float,
+    "lora_dropout": float,
+    "rank_pattern": dict[str, int] | None,
+    "alpha_pattern": dict[str, float] | None,
+    "use_rslora": bool | None,
+    "use_dora": bool | None,
+    "modules_to_save": list[str] | None,
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "feedforward_modules": _NAMES,
+    "layers_pattern": _NAMES,
+    "layers_to_transform": int | list[int] | None,
+    "num_virtual_tokens": int,
+}
+_TYPES = {key: TypeAdapter(kind, config=ConfigDict(strict=True)) for key, kind in _KINDS.items()}
+
+
+def check_types(config: Mapping[str, Any]) -> None:
+    """Raise a UserError that names every key of an adapter_config.json that holds another kind of value than PEFT's."""
+    wrong = []
+    for key, kind in _TYPES.items():
+        if key in config:
+            try:
+                kind.validate_python(config[key])
+            except ValidationError as error:
+                wrong.append(f"{key} is {config[key]!r} ({error.errors()[0]['msg'].lower()})")
+    if wrong:
+        raise UserError(f"is damaged: {'; '.join(wrong)}.")
 
 
 def task_type(base: BaseModel) -> str:

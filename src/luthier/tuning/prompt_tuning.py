@@ -69,7 +69,11 @@ class PromptTuning:
         if self.init == "text":
             return embed(text_ids(base, self.init_text, self.length))
         if self.init == "class_labels":
-            means = [embed(text_ids(base, label)).mean(0) for label in self.labels[: self.length]]
+            if len(self.labels) > self.length:
+                raise UserError(
+                    f"init: class_labels has {len(self.labels)} labels for a length of {self.length}. Raise `length`."
+                )
+            means = [embed(text_ids(base, label)).mean(0) for label in self.labels]
             if not means:
                 raise UserError("init: class_labels needs `labels`, or a task with answer choices.")
             return torch.cat([torch.stack(means), embed(drawn)])[: self.length]

@@ -79,9 +79,18 @@ def _in_attention(parents: Iterable[str]) -> bool:
 
 
 def _inside(base: BaseModel, chosen: dict[str, nn.Module], blocks: Sequence[int]) -> dict[str, nn.Module]:
+    if not blocks:
+        raise UserError("layers is empty, so no target is left. Name blocks, or leave it out for all of them.")
     kept = {}
+    places = {path: block_of(base, path) for path in chosen}
+    most = max((place[1] for place in places.values() if place), default=base.blocks)
+    if wrong := [one for one in blocks if not -most <= one < most]:
+        raise UserError(
+            f"layers: this {base.family} model has no block {', '.join(map(str, wrong))}, but blocks 0 to {most - 1}, or "
+            f"-{most} to -1."
+        )
     for path, module in chosen.items():
-        place = block_of(base, path)
+        place = places[path]
         if place and any(place[0] == (one if one >= 0 else one + place[1]) for one in blocks):
             kept[path] = module
     if not kept:
