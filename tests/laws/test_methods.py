@@ -242,4 +242,7 @@ def test_every_method_attaches_to_a_skeleton(family: str) -> None:
     for name, kind in METHODS.items():
         if name in METHOD_CASES:
             attach(skeleton, name, kind())
+            owned = parameters(skeleton, name).values()
+            assert owned and all(parameter.numel() for parameter in owned), f"{name} grafted nothing"
             detach(skeleton, name)
+            assert name not in skeleton.grafts.names

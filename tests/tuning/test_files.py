@@ -153,7 +153,8 @@ def test_a_prefix_of_pefts_for_other_heads_is_refused(tmp_path: Path) -> None:
     (tmp_path / "luthier.json").unlink()
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
-    refused(tmp_path, r"has \(layers, heads, width\) \(2, 4, 16\); this base has \(2, 2, 16\)")
+    said = refused(tmp_path, "this base has")
+    assert "has (layers, heads, width) (2, 4, 16); this base has (2, 2, 16)" in said
 
 
 @pytest.mark.parametrize(
