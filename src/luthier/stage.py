@@ -8,48 +8,28 @@ import ctypes
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from luthier.data.mixture import Mixture
 from luthier.data.shots import choose_shots, similar_shots, with_shots
 from luthier.data.task import Example, Examples, Task
 from luthier.directory import RunDirectory
-from luthier.encoding.batches import encode_all
-from luthier.encoding.encoder import Encoded, Encoder
 from luthier.errors import Interrupted, UserError
-from luthier.evaluation.kept import keep, keep_mean
-from luthier.evaluation.score import answer, loss_and_accuracy, losses, measure
-from luthier.metrics import MODEL_METRICS
-from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
 from luthier.models.memory import peak_bytes, resident_bytes
 from luthier.progress import Progress
-from luthier.recipe import BASELINE, Recipe
+from luthier.recipe import BASELINE
+from luthier.scoring import Stage, encode, score_retention, score_tasks, validate, validation_examples
 from luthier.training.frozen_rows import frozen_rows
 from luthier.training.log import log_hooks, tracker_hooks
-from luthier.training.loop import Validation, train
+from luthier.training.loop import train
 from luthier.training_rows import training_rows
 from luthier.tuning import FewShot, Method, Prompting, attach, parameters
 from luthier.tuning.files import load_tuning, pack
 
 EXIT_INTERRUPTED = 3
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What every step of a stage needs."""
-
-    directory: RunDirectory
-    recipe: Recipe
-    base: BaseModel
-    encoder: Encoder
-    tasks: list[tuple[Task, Examples]]  # one, or those of a mixture
-    progress: Progress
-    should_stop: Callable[[], bool]
 
 
 def run_stage(directory: RunDirectory, name: str, should_stop: Callable[[], bool] = lambda: False) -> None:
@@ -68,7 +48,7 @@ def run_stage(directory: RunDirectory, name: str, should_stop: Callable[[], bool
         encoder = recipe.encoder(base.tokenizer, base.encoder_decoder, base.context)
         stage = Stage(directory, recipe, base, encoder, tasks, progress, should_stop)
         if name == BASELINE:
-            result: dict[str, Any] = {"scores": _score_retention(stage, name, 0)}
+            result: dict[str, Any] = {"scores": score_retention(stage, name, 0)}
         else:
             method = recipe.method(name)
             result = _prompting(stage, name, method) if isinstance(method, Prompting) else _tuning(stage, name, method)
@@ -90,9 +70,9 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
             f"(least {min(kept)}): the limit is {stage.encoder.max_length} tokens"
         )
     stage = replace(stage, tasks=prepared)
-    validation = _encode(stage, _held_out(stage), 0, "validation")
-    kept_at = _validate(stage, validation, 0) if validation else None
-    scores = _score_tasks(stage, name, 0)
+    validation = encode(stage, validation_examples(stage), 0, "validation")
+    kept_at = validate(stage, validation, 0) if validation else None
+    scores = score_tasks(stage, name, 0)
     return {
         "method": method.method,
         "trainable_parameters": 0,
@@ -131,7 +111,7 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
     for task, examples in stage.tasks:
         if not examples.train:
             raise UserError(f"{name!r} has to be trained, but the task {task.name!r} has no training rows (`train`).")
-    validation = _encode(stage, _held_out(stage, recipe.tunings[name].tasks), reserve, "validation")
+    validation = encode(stage, validation_examples(stage, recipe.tunings[name].tasks), reserve, "validation")
     trained = directory.result(f"{name}.trained")
     if trained is None:
         attach(base, name, method, recipe.seed)
@@ -151,13 +131,13 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
                 settings,
                 recipe.seed,
                 directory.checkpoints(name),
-                validate=(lambda: _validate(stage, validation, reserve, settings.watch)) if validation else None,
+                validate=(lambda: validate(stage, validation, reserve, settings.watch)) if validation else None,
                 hooks=[stage.progress.training, *logs, *trackers],
                 should_stop=stage.should_stop,
             )
         directory.save_log(name, done.history)
         peak = peak_bytes()
-        kept = _validate(stage, validation, reserve) if validation else None
+        kept = validate(stage, validation, reserve) if validation else None
         trained = {
             "method": method.method,
             "trainable_parameters": sum(parameter.numel() for parameter in parameters(base, name).values()),
@@ -178,92 +158,7 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
     else:
         load_tuning(base, directory.tuning(name), name)
     base.use(name)
-    return {**trained, "scores": _score_tasks(stage, name, reserve) | _score_retention(stage, name, reserve)}
-
-
-def _held_out(stage: Stage, names: Sequence[str] | None = None) -> list[Example]:
-    """The validation examples of these tasks, by default all."""
-    return [one for task, examples in stage.tasks if not names or task.name in names for one in examples.validation]
-
-
-def _validate(stage: Stage, rows: list[Encoded], reserve: int, watch: str = "loss") -> Validation:
-    """Loss on the validation targets, accuracy (of the answers where there are choices, else of the next token), and
-    the metric that training watches.
-    """
-    loss, accuracy = loss_and_accuracy(stage.base, rows)
-    scores: dict[str, float] = {}
-    if watch not in ("loss", "accuracy"):
-        longest = max(task.max_new_tokens for task, _ in stage.tasks)
-        found = measure(answer(stage.base, stage.encoder, _held_out(stage), longest, reserve), [watch])
-        scores[watch] = found[watch].value
-    if isinstance(stage.recipe.task, Task) and stage.recipe.task.choices:
-        answers = answer(stage.base, stage.encoder, _held_out(stage), 1, reserve)
-        accuracy = sum(one.prediction in one.references for one in answers) / len(answers)
-    return Validation(loss, accuracy, scores)
-
-
-def _score_tasks(stage: Stage, name: str, reserve: int) -> dict[str, Any]:
-    """Scores of the recipe's task; of a mixture, of each of its tasks and their mean."""
-    scores = {task.name: _score(stage, name, task, examples.test, reserve) for task, examples in stage.tasks}
-    if isinstance(stage.recipe.task, Mixture):
-        judged = [(task.name, task.judged_by[-1]) for task in stage.recipe.tasks]
-        scores[stage.recipe.task.name] = keep_mean(scores, judged)
-    return scores
-
-
-def _score_retention(stage: Stage, name: str, reserve: int) -> dict[str, Any]:
-    scores = {}
-    for task in stage.recipe.retention:
-        examples = stage.recipe.examples(task)
-        scores[task.name] = _score(stage, name, task, examples.test, reserve)
-    return scores
-
-
-def _score(stage: Stage, name: str, task: Task, examples: Sequence[Example], reserve: int) -> dict[str, Any]:
-    """Answer a task's test examples; write the predictions; return the report's entries and values."""
-    if not examples:
-        raise UserError(f"The test split of task {task.name!r} has no rows.")
-
-    def tell(done: int, of: int) -> None:
-        stage.progress.advance(done, of)
-        if stage.should_stop():
-            raise Interrupted(f"Scoring {name!r} was stopped; what was trained is saved.")
-
-    started = time.perf_counter()
-    stage.progress.begin(f"scoring {task.name}", len(examples))
-    scores: dict[str, Score] = {}
-    own = [metric for metric in task.judged_by if metric in MODEL_METRICS]
-    named = [metric for metric in task.judged_by if metric not in MODEL_METRICS]
-    if own:
-        scores |= losses(stage.base, _encode(stage, examples, reserve, task.name), own)
-    if named:
-        predictions = answer(stage.base, stage.encoder, examples, task.max_new_tokens, reserve, tell)
-        scores |= measure(predictions, named)
-        lines = [
-            {
-                "id": found.id,
-                "input": found.input,
-                "prompt": found.prompt,
-                "prompt_tokens": found.prompt_tokens,
-                "prediction": found.prediction,
-                "references": list(found.references),
-            }
-            for found in predictions
-        ]
-        stage.directory.save_predictions(name, task.name, lines)
-    in_order = {metric: scores[metric] for metric in task.judged_by}  # the last is the main one
-    return {**keep(in_order), "seconds": time.perf_counter() - started}
-
-
-def _encode(stage: Stage, examples: Sequence[Example], reserve: int, what: str) -> list[Encoded]:
-    cut: list[str] = []
-    rows = encode_all(stage.encoder, examples, reserve, on_cut=lambda row: cut.append(row.id))
-    if cut:
-        stage.progress.say(
-            f"{len(cut)} of {len(rows)} {what} prompts lost their middle to fit {stage.encoder.max_length} tokens: "
-            f"{', '.join(cut[:3])}{' ...' if len(cut) > 3 else ''}"
-        )
-    return rows
+    return {**trained, "scores": score_tasks(stage, name, reserve) | score_retention(stage, name, reserve)}
 
 
 def _describe(base: BaseModel) -> dict[str, Any]:

@@ -44,7 +44,7 @@ TOKEN_KINDS: dict[str, tuple[Level, str]] = {
     "special token in the prompt": (
         "warning", "The prompt's text holds a token of the tokenizer's own: the model reads it as structure, not as text.",
     ),
-    "prompt cut": ("warning", "The prompt is too long and loses its middle (at most {amount} tokens): raise max_length."),
+    "prompt cut": ("warning", "The prompt is too long and loses up to {amount} tokens of its middle: raise max_length."),
     "signs lost": (
         "warning", "The tokenizer does not know a sign of the answer and trains its unknown token instead.",
     ),

@@ -1,0 +1,58 @@
+"""The application that the commands join, and what they share."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from luthier.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from luthier.recipe import Recipe
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Fit one language model to many tasks, and see the evidence for every choice.",
+)
+console = Console(highlight=False)
+
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+RunFolder = Annotated[Path, typer.Argument(help="A run directory.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a setting: training.epochs=2. May be repeated.")
+]
+
+
+def read_recipe(path: Path, changes: list[str] | None) -> "Recipe":
+    """The recipe in a file, changed as `--set` says."""
+    from luthier.recipe import load_recipe
+
+    # `data` on the command line is relative to where the command was given.
+    placed = [
+        f"data={Path(change.removeprefix('data=')).expanduser().absolute()}" if change.startswith("data=") else change
+        for change in changes or []
+    ]
+    return load_recipe(path, placed)
+
+
+def main() -> None:
+    """Entry point: user errors end with one message and code 2, a stopped run with code 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would break ours
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped: nothing had begun.", file=sys.stderr)
+        sys.exit(130)
+    except Interrupted as stop:
+        print(f"stopped: {stop} Continue with --resume.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,40 @@
+"""The main job, and what stands before it."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from luthier.cli.app import Changes, RecipeFile, app, console, read_recipe
+from luthier.errors import UserError
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    out: Annotated[Path | None, typer.Option(help="The run directory; default: runs/<name of the recipe>.")] = None,
+    set_: Changes = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped or killed.")] = False,
+) -> None:
+    """Is prompting enough, and if not, which tuning? Train, score and compare; writes report.html."""
+    from luthier.job import run as run_recipe
+    from luthier.report.table import print_report
+
+    target = out or Path("runs") / recipe.stem
+    report = run_recipe(read_recipe(recipe, set_), target, resume=resume)
+    print_report(report, console)
+    console.print(f"report: {target / 'report.html'}   (numbers: {target / 'report.json'})")
+
+
+@app.command()
+def schema(
+    what: Annotated[str, typer.Argument(help="recipe or report.")] = "recipe",
+) -> None:
+    """Print the JSON schema of a recipe (for editors) or of report.json."""
+    from luthier.recipe_schema import recipe_schema
+    from luthier.report.schema import report_schema
+
+    if what not in ("recipe", "report"):
+        raise UserError(f"There is no schema of {what!r}. Allowed: recipe, report.")
+    print(json.dumps(recipe_schema() if what == "recipe" else report_schema(), indent=2))
