@@ -498,7 +498,8 @@ def test_the_surface_is_frozen() -> None:
     import luthier
 
     assert sorted(luthier.__all__) == [
-        "Interrupted", "Recipe", "Report", "Session", "UserError", "audit", "load_recipe", "make_recipe", "preview", "run",
+        "Interrupted", "Recipe", "Report", "Session", "UserError", "audit", "inspect", "load_recipe", "make_recipe", "merge",
+        "preview", "run",
     ]  # fmt: skip
     for name in luthier.__all__:
         assert getattr(luthier, name).__doc__, name

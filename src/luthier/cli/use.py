@@ -81,7 +81,7 @@ def inspect(
     rows: Annotated[int, typer.Option(min=0, help="Held-out rows on which a soft prompt is scored; 0: none.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
-    """What did it learn? A soft prompt in words, LoRA's spectra, or how far each block moved."""
+    """What did it learn? A soft prompt in words, spectra of products, factors, or how far each block moved."""
     from luthier.inspect_tuning import inspect as inspect_tuning
     from luthier.report.inspection import print_inspection
 
