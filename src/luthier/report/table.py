@@ -1,10 +1,12 @@
 """The comparison as a terminal table, at 80 columns and wider."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from luthier.metrics import reading
 from luthier.report.figures import figure, unscaled
+from luthier.report.parts import parts
 from luthier.report.schema import Report, Retention, Score, TuningReport
 
 _SHORT = {
@@ -16,10 +18,20 @@ _SHORT = {
 
 def print_report(report: Report, console: Console) -> None:
     """Print the answer, the scores, the costs and what was forgotten."""
-    console.print(f"\n[bold]{report.answer}[/bold]\n")
-    console.print(_scores(report))
-    if len(report.tasks) > 1:
-        console.print(_tasks(report))
+    console.print(f"\n[bold]{escape(report.answer)}[/bold]\n")
+    for one in report.mismatches:
+        if not one.comparable:
+            told = "; ".join(f"{name}: {value}" for name, value in one.values.items())
+            console.print(f"[bold]not compared[/bold]: {escape(one.what)} differs ({escape(told)})")
+    if informing := [one.what for one in report.mismatches if one.comparable]:
+        shown = ", ".join(informing[:8]) + (" ..." if len(informing) > 8 else "")
+        console.print(f"The runs differ in {len(informing)} things: {escape(shown)}\n")
+    for name, part in parts(report):
+        if name:
+            console.print(f"\n[bold]{escape(name)}[/bold]")
+        console.print(_scores(part))
+        if len(report.tasks) > 1:
+            console.print(_tasks(part))
     console.print(_costs(report))
     if report.retention:
         console.print(_forgetting(report))
@@ -97,10 +109,11 @@ def _forgetting(report: Report) -> Table:
     for task in tasks:
         table.add_column(task, justify="right")
     before = {one.task: one for one in report.retention}
-    table.add_row("(base)", *(_amount(before[task], before[task].before.value) for task in tasks))
+    if len({(one.task, one.before.value) for one in report.retention}) == len(tasks):  # of several runs on one base too
+        table.add_row("(base)", *(_amount(before[task], before[task].before.value) for task in tasks))
     for name in dict.fromkeys(one.tuning for one in report.retention):
         rows = {one.task: one for one in report.retention if one.tuning == name}
-        table.add_row(name, *(_change(rows[task]) for task in tasks))
+        table.add_row(name, *(_change(rows[task]) if task in rows else "-" for task in tasks))
     return table
 
 
