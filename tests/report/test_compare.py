@@ -35,7 +35,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"text": f"{NAMES[n % 4]} asks about room {n}", "who": NAMES[n % 4]} for n in range(40)]
     for split, part in (("train", rows[:16]), ("test", rows[16:])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    task = {"template": "Who? {{ text }} ||| {{ who }}", "test": "test.jsonl", "choices": NAMES}
+    task = {
+        "template": "Who? {{ text }} ||| {{ who }}",
+        "test": "test.jsonl",
+        "choices": NAMES,
+        "metrics": ["macro_f1", "accuracy"],
+    }
     content = {
         "base": {"model": str(folder / "base"), "dtype": "float32"},
         "data": str(folder),
@@ -97,7 +102,8 @@ def test_seeds_of_one_recipe_become_one_tuning(copy: Callable[..., Path], tmp_pa
     page = (tmp_path / "out" / "report.html").read_text()
     assert "mean of seeds 0, 1, 2" in page and "sd 38.2" in page
     rows = list(csv.DictReader((tmp_path / "out" / "report.csv").open()))
-    assert float(next(one for one in rows if (one["tuning"], one["task"]) == ("lora", "who"))["spread"]) == score.spread
+    row = next(one for one in rows if (one["tuning"], one["task"], one["metric"]) == ("lora", "who", "accuracy"))
+    assert float(row["spread"]) == score.spread
 
 
 def test_a_seed_that_drew_other_test_examples_is_a_run_of_its_own(copy: Callable[..., Path], tmp_path: Path) -> None:
@@ -137,7 +143,7 @@ def test_what_is_not_comparable_is_not_compared(copy: Callable[..., Path], tmp_p
         file.write_text(file.read_text().replace('"references": ["Anna"]', '"references": ["Ada"]'))
     else:
         (paths[1] / "report.json").write_text(
-            (paths[1] / "report.json").read_text().replace("case:mixed", "case:lower")
+            (paths[1] / "report.json").read_text().replace("accuracy|case:mixed", "accuracy|case:lower")
         )
         edit(paths[1] / "report.json", lambda found: found["recipe"].update(max_length=99))
     report = compare_runs(paths, tmp_path / "out")
@@ -151,6 +157,25 @@ def test_what_is_not_comparable_is_not_compared(copy: Callable[..., Path], tmp_p
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count('<table class="tunings"') == 2, "not in one table"
     assert "## The tunings: a\n" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_another_metric_measured_otherwise_is_left_out_and_said(copy: Callable[..., Path], tmp_path: Path) -> None:
+    paths = [copy("a", 0.5), copy("b", 1.0, seed=1)]
+    file = paths[1] / "report.json"
+    file.write_text(
+        file.read_text().replace("metric:macro_f1", "metric:macro_f1|v2").replace('"max_length": ', '"max_length": 1')
+    )
+    report = compare_runs(paths, tmp_path / "out")
+    assert len(report.comparisons) == 6, "the main metric is the same"
+    assert {tuple(one.scores["who"]) for one in report.tunings.values()} == {("accuracy",)}
+    assert [one.what for one in report.mismatches if not one.comparable] == ["signature of macro_f1"]
+
+
+def test_a_run_of_one_task_is_compared_with_a_mixture_that_holds_it(copy: Callable[..., Path], tmp_path: Path) -> None:
+    paths = [copy("mixed", 0.5, task="mix", tasks=["topic", "who"]), copy("alone", 1.0)]
+    report = compare_runs(paths, tmp_path / "out")
+    assert (report.task, report.tasks, report.metric) == ("who", ["who"], "accuracy")
+    assert any((one.ours, one.theirs) == ("alone/lora", "mixed/lora") for one in report.comparisons)
 
 
 def test_what_cannot_be_compared_is_one_message(copy: Callable[..., Path], tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from luthier.report.schema import (
     ExampleReport,
     Report,
     Retention,
-    TuningReport,
 )
 from luthier.report.seeds import Repeats, put_together
+from luthier.report.shared import shared
 
 
 def compare_runs(paths: Sequence[Path], out: Path) -> Report:
@@ -39,23 +39,21 @@ def compare_runs(paths: Sequence[Path], out: Path) -> Report:
 def compared(runs: Sequence[FinishedRun]) -> Report:
     """The report over several runs."""
     groups = put_together(runs)
-    task, tasks = _task(groups)
-    metrics = _metrics(groups, task)
-    metric = metrics[-1]
+    found = shared(groups)
+    task, metric = found.task, found.metric
     together = comparable(groups, task, metric)
     named = {(group.name, tuning): _name(groups, group, tuning) for group in groups for tuning in _tunings(group)}
     tunings = {
-        name: _narrowed(group.tuning(tuning), groups, [task, *tasks])
+        named[group.name, tuning]: found.narrowed(group.tuning(tuning))
         for group in groups
         for tuning in _tunings(group)
-        for name in [named[group.name, tuning]]
     }
     first = groups[0].first.report
     alike = all(group.first.report.base == first.base for group in groups)
     report = Report(
         schema_version=SCHEMA_VERSION,
         task=task,
-        tasks=tasks,
+        tasks=found.tasks,
         metric=metric,
         answer="",
         base=first.base,
@@ -78,7 +76,7 @@ def compared(runs: Sequence[FinishedRun]) -> Report:
             for number, members in enumerate(together)
             if group in members
         ],
-        mismatches=mismatches(groups, task, metrics),
+        mismatches=mismatches(groups, task, found.common),
         audit=_audit(groups),
         recipe={group.name: group.first.report.recipe for group in groups},
         environment={group.name: group.first.report.environment for group in groups},
@@ -98,37 +96,6 @@ def _tunings(group: Repeats) -> list[str]:
 
 def _name(groups: Sequence[Repeats], group: Repeats, tuning: str) -> str:
     return f"{group.name}/{tuning}" if len(groups) > 1 else tuning
-
-
-def _task(groups: Sequence[Repeats]) -> tuple[str, list[str]]:
-    """The task that all runs are about, and its parts; else the first that all have learnt, alone or in a mixture."""
-    reports = [group.first.report for group in groups]
-    if all((one.task, one.tasks) == (reports[0].task, reports[0].tasks) for one in reports):
-        return reports[0].task, reports[0].tasks
-    shared = [task for task in reports[0].tasks if all(task in one.tasks for one in reports)]
-    if not shared:
-        told = "; ".join(f"{group.name}: {', '.join(one.tasks)}" for group, one in zip(groups, reports, strict=True))
-        raise UserError(f"The runs have no task in common ({told}). Compare runs that were scored on the same task.")
-    return shared[0], shared
-
-
-def _metrics(groups: Sequence[Repeats], task: str) -> list[str]:
-    """The metrics that all runs have of a task; the main one, on which most agree, is the last."""
-    found = [list(next(iter(group.first.report.tunings.values())).scores[task]) for group in groups]
-    shared = [metric for metric in found[0] if all(metric in one for one in found)]
-    if not shared:
-        told = "; ".join(f"{group.name}: {', '.join(one)}" for group, one in zip(groups, found, strict=True))
-        raise UserError(f"The runs have no metric of {task!r} in common ({told}).")
-    return shared
-
-
-def _narrowed(tuning: TuningReport, groups: Sequence[Repeats], tasks: Sequence[str]) -> TuningReport:
-    """The tuning with the metrics alone that all runs have of the shared tasks; other tasks stay as they are."""
-    scores = {
-        task: {metric: found[metric] for metric in (_metrics(groups, task) if task in tasks else found)}
-        for task, found in tuning.scores.items()
-    }
-    return tuning.model_copy(update={"scores": scores})
 
 
 def _comparisons(

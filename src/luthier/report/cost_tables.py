@@ -70,6 +70,35 @@ def audit_table(report: Report) -> Table:
     return Table("audit", ("kind", "split", "rows", "first rows", "what it means"), rows)
 
 
+def settings_table(report: Report) -> Table:
+    """How each tuning was made: its method, what it was trained with, every setting that is not empty."""
+    rows = tuple(
+        (
+            Cell(name, value=name),
+            Cell(tuning.method),
+            Cell(f"{tuning.learning_rate:g}", value=tuning.learning_rate) if tuning.learning_rate else NOTHING,
+            Cell(f"{tuning.steps:,}", value=tuning.steps),
+            Cell(f"{tuning.train_tokens:,}", value=tuning.train_tokens),
+            Cell(_settings(tuning.settings) or "-", wide=True),
+        )
+        for name, tuning in report.tunings.items()
+    )
+    return Table("settings", ("tuning", "method", "learning rate", "steps", "tokens", "settings"), rows)
+
+
+def _settings(settings: dict[str, object]) -> str:
+    shown = {
+        key: value for key, value in settings.items() if key != "method" and value not in (None, False, "", [], {})
+    }
+    inner = shown.pop("training", None)
+    parts = [
+        f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in shown.items()
+    ]
+    if isinstance(inner, dict):
+        parts.append(f"training: {_settings(inner)}")
+    return "; ".join(parts)
+
+
 def runs_table(report: Report) -> Table:
     """The runs of a comparison."""
     rows = tuple(

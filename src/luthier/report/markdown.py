@@ -3,7 +3,14 @@
 import re
 
 from luthier.report.cells import Cell, Table
-from luthier.report.cost_tables import audit_table, disk_table, mismatches_table, mixture_tables, runs_table
+from luthier.report.cost_tables import (
+    audit_table,
+    disk_table,
+    mismatches_table,
+    mixture_tables,
+    runs_table,
+    settings_table,
+)
 from luthier.report.figures import base_name, unscaled
 from luthier.report.parts import parts
 from luthier.report.schema import Report
@@ -41,6 +48,7 @@ def markdown(report: Report) -> str:
         *((f"The mixture of {name}", "", table) for name, table in mixture_tables(report).items()),
         ("Disk for 1, 10, 100 tasks", "", disk_table(report)),
         ("Warnings about the data", "", audit_table(report)),
+        ("Settings", "", settings_table(report)),
         ("How it was measured", "", signatures_table(report)),
     ]
     for title, note, table in sections:

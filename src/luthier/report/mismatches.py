@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from luthier.evaluation.kept import MEAN
 from luthier.report.schema import Mismatch
 from luthier.report.seeds import Repeats
 
@@ -50,23 +51,30 @@ def comparable(groups: Sequence[Repeats], task: str, metric: str) -> list[list[R
     """Runs whose scores may be compared stand in one list: same signature, same test examples in the same order."""
     found: list[list[Repeats]] = []
     for one in groups:
-        for together in found:
-            asked = one.first.asked(task)
-            if (
-                asked
-                and asked == together[0].first.asked(task)
-                and signature(one, task, metric) == signature(together[0], task, metric)
-            ):
-                together.append(one)
-                break
+        alike = (together for together in found if same_scores(one, together[0], task, metric))
+        if together := next(alike, None):
+            together.append(one)
         else:
             found.append([one])
     return found
 
 
+def same_scores(ours: Repeats, theirs: Repeats, task: str, metric: str) -> bool:
+    """Whether two runs measured the same thing on the same test examples."""
+    asked = ours.first.asked(task)
+    same = bool(asked) and asked == theirs.first.asked(task)
+    return same and signature(ours, task, metric) == signature(theirs, task, metric)
+
+
 def signature(group: Repeats, task: str, metric: str) -> str:
-    """What reproduces a metric of the group's runs."""
-    return next(iter(group.first.report.tunings.values())).scores[task][metric].signature
+    """What reproduces a metric of the group's runs, of a mixture's mean each part of it, without the number of examples."""
+    report = group.first.report
+    scores = next(iter(report.tunings.values())).scores
+    parts = report.tasks if metric == MEAN and task == report.task else []
+    found = [scores[task][metric], *(list(scores[part].values())[-1] for part in parts)]
+    return " + ".join(
+        "|".join(part for part in score.signature.split("|") if not part.startswith("n:")) for score in found
+    )
 
 
 def _examples(groups: Sequence[Repeats], task: str) -> Mismatch | None:
@@ -83,7 +91,7 @@ def _examples(groups: Sequence[Repeats], task: str) -> Mismatch | None:
 
 
 def _signature(groups: Sequence[Repeats], task: str, metric: str) -> Mismatch | None:
-    values = {one.name: _without_count(signature(one, task, metric)) for one in groups}
+    values = {one.name: signature(one, task, metric) for one in groups}
     if len(set(values.values())) == 1:
         return None
     return Mismatch(what=f"signature of {metric}", values=values, comparable=False)
@@ -96,8 +104,3 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if "path" in value:
         return [(prefix, ", ".join(f"{key}: {one}" for key, one in value.items() if one not in (None, False, {}, [])))]
     return [one for key, inner in value.items() for one in _flat(inner, f"{prefix}.{key}" if prefix else str(key))]
-
-
-def _without_count(signature: str) -> str:
-    """A signature without the number of examples, whose difference stands in a row of its own."""
-    return "|".join(part for part in signature.split("|") if not part.startswith("n:"))

@@ -13,6 +13,7 @@ from luthier.report.cost_tables import (
     mismatches_table,
     mixture_tables,
     runs_table,
+    settings_table,
     settings_text,
 )
 from luthier.report.figures import base_name, figure, unscaled
@@ -49,6 +50,7 @@ def page(report: Report) -> str:
         mixtures=mixture_tables(report),
         disk=disk_table(report),
         audit=audit_table(report),
+        settings=settings_table(report),
         signatures=signatures_table(report),
         scores=[(name, _metric_bars(part)) for name, part in found],
         costs=_drawn((name, _costs(part)) for name, part in found),

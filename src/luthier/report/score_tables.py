@@ -94,7 +94,8 @@ def forgetting_table(report: Report) -> Table:
         found = [cells.get((name, task)) for task in tasks]
         changes = [_change(one, most[one.task]) if one else NOTHING for one in found]
         rows.append((Cell(name, value=name), *changes))
-    heads = [f"{task} ({short(next(one.metric for one in report.retention if one.task == task))})" for task in tasks]
+    by = {task: dict.fromkeys(short(one.metric) for one in report.retention if one.task == task) for task in tasks}
+    heads = [f"{task} ({', '.join(by[task])})" for task in tasks]
     return Table("forgetting", ("tuning", *heads), tuple(rows))
 
 

@@ -11,7 +11,7 @@ from luthier.report.schema import Report, Score
 
 COLUMNS = (
     "tuning", "method", "run", "base", "base_parameters", "task", "metric", "value", "low", "high", "n", "spread",
-    "signature", "trained_parameters", "trained_share", "file_bytes", "train_seconds", "peak_memory_bytes",
+    "precision", "recall", "signature", "trained_parameters", "trained_share", "file_bytes", "train_seconds", "peak_memory_bytes",
 )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def _rows(report: Report) -> Iterator[dict[str, Any]]:
             "base_parameters": base["parameters"], "trained_parameters": tuning.trainable_parameters,
             "trained_share": tuning.trainable_share, "file_bytes": tuning.file_bytes,
             "train_seconds": tuning.train_seconds,
-            "peak_memory_bytes": "" if tuning.peak_memory_bytes is None else tuning.peak_memory_bytes,
+            "peak_memory_bytes": _known(tuning.peak_memory_bytes),
         }  # fmt: skip
         yield from (shared | row for row in _scores(tuning.scores))
     yield from ({"tuning": "(base)"} | row for row in _scores(report.base_scores))
@@ -44,6 +44,10 @@ def _scores(scores: dict[str, dict[str, Score]]) -> Iterator[dict[str, Any]]:
         for metric, score in found.items():
             yield {
                 "task": task, "metric": metric, "value": score.value, "low": score.low, "high": score.high,
-                "n": examples_of(score.signature) or "", "spread": "" if score.spread is None else score.spread,
-                "signature": score.signature,
+                "n": examples_of(score.signature) or "", "signature": score.signature, "spread": _known(score.spread),
+                "precision": _known(score.precision), "recall": _known(score.recall),
             }  # fmt: skip
+
+
+def _known(value: float | None) -> float | str:
+    return "" if value is None else value

@@ -25,7 +25,9 @@ def print_report(report: Report, console: Console) -> None:
             console.print(f"[bold]not compared[/bold]: {escape(one.what)} differs ({escape(told)})")
     if informing := [one.what for one in report.mismatches if one.comparable]:
         shown = ", ".join(informing[:8]) + (" ..." if len(informing) > 8 else "")
-        console.print(f"The runs differ in {len(informing)} things: {escape(shown)}\n")
+        console.print(
+            f"The runs differ in {len(informing)} thing{'s' if len(informing) > 1 else ''}: {escape(shown)}\n"
+        )
     for name, part in parts(report):
         if name:
             console.print(f"\n[bold]{escape(name)}[/bold]")
@@ -63,20 +65,29 @@ def _cell(score: Score, metric: str, with_interval: bool) -> str:
 
 
 def _tasks(report: Report) -> Table:
-    table = Table(title="each task: test score x100 (intervals in the page); * trained on it", title_justify="left")
-    table.add_column("task")
-    for name in (*report.tunings, *(["(human)"] if report.human else [])):
-        table.add_column(name, justify="right")
+    """Tasks by tunings; where there are many tunings the other way round, which is as narrow as the tasks are few."""
+    found = [["task", *report.tunings, *(["(human)"] if report.human else [])]]
     for task in report.tasks:
-        cells = []
+        metric = list(next(iter(report.tunings.values())).scores[task])[-1]
+        cells = [f"{task} ({short(metric)})"]
         for tuning in report.tunings.values():
             mark = "*" if task in {row.task for row in tuning.mixture} else ""
             cells.append(f"{main_score(tuning, task).value * 100:.1f}{mark}")
-        metric = list(next(iter(report.tunings.values())).scores[task])[-1]
         if report.human:
             human = report.human.get(task, {}).get(metric)
             cells.append(figure(human.value, metric) if human else "-")
-        table.add_row(f"{task} ({short(metric)})", *cells)
+        found.append(cells)
+    if len(report.tunings) > 5:
+        found = [
+            ["tuning", *(row[0] for row in found[1:])],
+            *([*row] for row in zip(*found, strict=True) if row[0] != "task"),
+        ]
+    table = Table(title="each task: test score x100 (intervals in the page); * trained on it", title_justify="left")
+    widest = min(26, max(len(row[0]) for row in found)) if len(report.tunings) > 5 else 0
+    for place, head in enumerate(found[0]):
+        table.add_column(head, justify="right" if place else "left", min_width=0 if place else widest)
+    for row in found[1:]:
+        table.add_row(*row)
     return table
 
 
