@@ -104,6 +104,9 @@ def test_a_run_writes_the_comparison_and_its_tunings_can_be_used(
             steps = [json.loads(line) for line in (out / "logs" / f"{name}.jsonl").read_text().splitlines()]
             assert [event["step"] for event in steps if "loss" in event] == [1, 2, 3]
             assert list((out / "tensorboard" / name).glob("events*"))
+    assert "| lora |" in (out / "report.md").read_text()
+    assert "\nlora,lora,," in (out / "report.csv").read_text()
+    assert written["regressions"] == [] or {one["task"] for one in written["regressions"]} <= {"who", "kept"}
     shown = (out / "report.html").read_text()
     assert all(name in shown for name in content["tunings"])
     assert "http" not in shown.replace("http://www.w3.org", ""), "the page must need nothing from elsewhere"
@@ -538,6 +541,7 @@ def test_the_surface_is_frozen() -> None:
         ],
         "merge": ["allow_drift", "dtype", "max_flips", "max_kl", "onto", "out", "rows", "run", "tuning"],
         "inspect": ["as_json", "neighbours", "rows", "run", "tuning"],
+        "compare": ["out", "runs"],
         "schema": ["what"],
         "list": ["file"],
         "render": ["as_json", "file", "name", "row", "seed", "truncate"],

@@ -142,15 +142,15 @@ class RunDirectory:
         write_whole(self._predictions(name, task), text.encode())
         self._predictions(name, task).with_suffix(".partial").unlink(missing_ok=True)
 
-    def predictions(self, name: str) -> list[dict[str, Any]]:
-        """The answers of a tuning to the run's task, of a mixture to all of its tasks."""
+    def answers(self, name: str) -> dict[str, list[dict[str, Any]]]:
+        """The answers of a tuning (or of the baseline) to each of the run's tasks that has some, row by row."""
         recipe = self.recipe()
-        found: list[dict[str, Any]] = []
-        for task in recipe.tasks:
-            file = self._predictions(name, task.name)
-            if file.is_file():
-                found += [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-        return found
+        files = {task.name: self._predictions(name, task.name) for task in (*recipe.tasks, *recipe.retention)}
+        return {
+            task: [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+            for task, file in files.items()
+            if file.is_file()
+        }
 
     def _predictions(self, name: str, task: str) -> Path:
         suffix = "" if task == self.recipe().task.name else f".{file_part(task)}"
