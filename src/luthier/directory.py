@@ -132,7 +132,7 @@ class RunDirectory:
         file = self.path / "results" / f"{name}.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
-    def answers(self, name: str, task: str) -> Answers:
+    def answers_so_far(self, name: str, task: str) -> Answers:
         """The answers of a tuning to a task so far, where scoring was stopped."""
         return Answers(self._predictions(name, task).with_suffix(".partial"))
 

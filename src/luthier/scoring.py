@@ -100,7 +100,7 @@ def _score(stage: Stage, name: str, task: Task, examples: Sequence[Example], res
     if own:
         scores |= losses(stage.base, encode(stage, examples, reserve, task.name), own)
     if named:
-        answers = stage.directory.answers(name, task.name)
+        answers = stage.directory.answers_so_far(name, task.name)
         predictions = answer(
             stage.base,
             stage.encoder,
