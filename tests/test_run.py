@@ -436,6 +436,45 @@ def test_a_stopped_command_resumes_to_the_same_weights(
     assert len(log.read_text().splitlines()) == len(found["history"])
 
 
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_interpolating_towards_the_base(content: dict, bases: Path, tmp_path: Path, family: str) -> None:
+    content["base"]["model"] = str(bases / family)
+    content["training"]["learning_rate"] = 0.05
+    content["tunings"] = {"zero_shot": {}, "full": {}, "lora": {"rank": 2}}
+    for name in ("full", "lora"):
+        for share in (0.0, 0.5, 1.0):
+            content["tunings"][f"{name}_{share * 100:.0f}"] = {"method": "interpolate", "of": name, "share": share}
+    report = run(make_recipe(content), tmp_path / "run", isolate=False)
+    loss = {name: tuning.validation_loss for name, tuning in report.tunings.items()}
+    for name in ("full", "lora"):
+        assert loss[f"{name}_0"] == loss["zero_shot"] != loss[name] == loss[f"{name}_100"]
+        assert loss[f"{name}_50"] not in (loss[name], loss["zero_shot"])
+        assert report.tunings[f"{name}_50"].trainable_parameters == report.tunings[name].trainable_parameters
+        none = [one for one in report.retention if one.tuning == f"{name}_0"]
+        assert none and all(one.difference == one.low == one.high == 0.0 for one in none), (
+            "the base forgets exactly nothing"
+        )
+    session = Session(tmp_path / "run")
+    text = "Anna asks about room 3"
+    assert session.generate([text], "lora_100") == session.generate([text], "lora")
+    assert session.generate([text], "lora_0") == session.generate([text])
+    for changes, message in (
+        ({"of": "nothing"}, "names 'nothing', which is no trained tuning that stands before it. Those are: full, lora"),
+        ({"of": "lora", "share": 1.5}, "share is 1.5; it must be from 0"),
+        ({"of": "lora", "training": {"epochs": 2}}, "nothing is trained"),
+    ):
+        wrong = {**content, "tunings": {**content["tunings"], "wise": {"method": "interpolate", **changes}}}
+        with pytest.raises(UserError, match=message):
+            make_recipe(wrong)
+    content["tunings"] = {
+        "soft": {"method": "prompt_tuning", "length": 4},
+        "wise": {"method": "interpolate", "of": "soft"},
+    }
+    with pytest.raises(UserError, match="prompt_tuning changes no weights"):
+        run(make_recipe(content), tmp_path / "other", isolate=False)
+    assert not (tmp_path / "other").exists(), "found before any work"
+
+
 def test_scoring_that_was_killed_goes_on_where_it_stopped(
     content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

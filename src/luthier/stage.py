@@ -26,7 +26,7 @@ from luthier.training.frozen_rows import frozen_rows
 from luthier.training.log import log_hooks, tracker_hooks
 from luthier.training.loop import train
 from luthier.training_rows import training_rows
-from luthier.tuning import FewShot, Method, Prompting, attach, parameters
+from luthier.tuning import FewShot, Interpolation, Method, Prompting, attach, parameters
 from luthier.tuning.files import load_tuning, pack
 
 EXIT_INTERRUPTED = 3
@@ -51,7 +51,12 @@ def run_stage(directory: RunDirectory, name: str, should_stop: Callable[[], bool
             result: dict[str, Any] = {"scores": score_retention(stage, name, 0)}
         else:
             method = recipe.method(name)
-            result = _prompting(stage, name, method) if isinstance(method, Prompting) else _tuning(stage, name, method)
+            if isinstance(method, Prompting):
+                result = _prompting(stage, name, method)
+            elif isinstance(method, Interpolation):
+                result = _interpolation(stage, name, method)
+            else:
+                result = _tuning(stage, name, method)
         result |= {"memory_after_import_bytes": after_import, "base": _describe(base)}
     directory.save_result(name, result)
 
@@ -159,6 +164,29 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
         load_tuning(base, directory.tuning(name), name)
     base.use(name)
     return {**trained, "scores": score_tasks(stage, name, reserve) | score_retention(stage, name, reserve)}
+
+
+def _interpolation(stage: Stage, name: str, method: Interpolation) -> dict[str, Any]:
+    """Take a trained tuning back towards the base, save it as one of its own and score it; its cost is the other's."""
+    base, directory = stage.base, stage.directory
+    load_tuning(base, directory.tuning(method.of), name)
+    source: Method = base.methods[name]
+    source.toward_base(base, name, method.share)
+    base.use(name)
+    reserve = source.virtual_tokens()
+    rows = encode(stage, validation_examples(stage, stage.recipe.tunings[method.of].tasks), reserve, "validation")
+    kept = validate(stage, rows, reserve) if rows else None
+    trained = directory.result(f"{method.of}.trained") or {}
+    return {
+        **trained,
+        "method": method.method,
+        "file_bytes": directory.save_tuning(name, pack(base, name)),
+        "peak_memory_bytes": peak_bytes(),
+        "validation_loss": kept.loss if kept else None,
+        "validation_accuracy": kept.accuracy if kept else None,
+        "history": [],
+        "scores": score_tasks(stage, name, reserve) | score_retention(stage, name, reserve),
+    }
 
 
 def _describe(base: BaseModel) -> dict[str, Any]:
