@@ -158,7 +158,8 @@ def test_unreadable_recipes(tmp_path: Path, content: str | None, message: str) -
 
 def test_every_method_is_a_tuning_with_its_defaults(recipe_file: Path) -> None:
     names = ", ".join(METHODS)
-    recipe = load_recipe(recipe_file, [f"tunings={{{', '.join(f'{name}: {{}}' for name in METHODS)}}}"])
+    given = {name: {"of": "lora"} if name == "interpolate" else {} for name in METHODS}
+    recipe = load_recipe(recipe_file, [f"tunings={json.dumps(given)}"])
     assert list(recipe.tunings) == list(METHODS), names
     assert {type(tuning.method) for tuning in recipe.tunings.values()} == set(METHODS.values())
     assert make_recipe(yaml.safe_load(recipe_yaml(recipe))) == recipe
@@ -191,3 +192,13 @@ def test_the_schema_accepts_the_examples_and_refuses_a_misspelt_key() -> None:
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(wrong, schema)
     json.dumps(schema)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "examples").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_examples_are_recipes(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.tunings and make_recipe(yaml.safe_load(recipe_yaml(recipe))) == recipe, (
+        "what a run writes down is the same"
+    )
