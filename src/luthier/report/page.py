@@ -101,7 +101,12 @@ def _costs(report: Report) -> Charts:
     kinds: list[tuple[str, str, Callable[[TuningReport], float | None], Callable[[float], str]]] = [
         ("Trained parameters", "parameters", lambda one: one.trainable_parameters, _few),
         ("On disk", "bytes of its file", lambda one: one.file_bytes, lambda bytes_: size(round(bytes_))),
-        ("Training time", "seconds", lambda one: one.train_seconds, lambda seconds: f"{seconds:.3g} s"),
+        (
+            "Training time",
+            "seconds",
+            lambda one: one.train_seconds,
+            lambda seconds: f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s",
+        ),
         ("Peak memory", "bytes", lambda one: one.peak_memory_bytes, lambda bytes_: size(round(bytes_))),
     ]
     sizes = {run.name: run.base["parameters"] for run in report.runs}
