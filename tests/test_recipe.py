@@ -170,6 +170,23 @@ def test_every_method_is_a_tuning_with_its_defaults(recipe_file: Path) -> None:
         assert definition["properties"]["method"] == {"const": name}
 
 
+def test_lists_of_shots_and_draws_are_tunings(recipe_file: Path) -> None:
+    recipe = load_recipe(
+        recipe_file, ["tunings={few: {method: few_shot, shots: [1, 4], draw: [0, 2]}, few_shot: {shots: [3]}}"]
+    )
+    found = {name: (tuning.method.shots, tuning.method.draw) for name, tuning in recipe.tunings.items()}
+    assert found == {
+        "few_1_draw0": (1, 0), "few_1_draw2": (1, 2), "few_4_draw0": (4, 0), "few_4_draw2": (4, 2), "few_shot_3": (3, 0),
+    }  # fmt: skip
+    for wrong, message in (
+        ("[]", r"tunings.few.shots: a list holds different numbers, at least one; given: \[\]"),
+        ("[2, 2]", r"different numbers.*\[2, 2\]"),
+        ("[2, 0]", "shots is 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_recipe(recipe_file, [f"tunings={{few: {{method: few_shot, shots: {wrong}}}}}"])
+
+
 def test_a_prompt_may_start_from_the_tasks_choices(recipe_file: Path) -> None:
     start = "tunings.prompt_tuning={init: class_labels}"
     for choices, labels in (("yes ||| no", ["yes", "no"]), (["red", "blue"], ["red", "blue"]), ("{{ a }}", [])):

@@ -475,6 +475,22 @@ def test_interpolating_towards_the_base(content: dict, bases: Path, tmp_path: Pa
     assert not (tmp_path / "other").exists(), "found before any work"
 
 
+def test_draws_show_other_examples(content: dict, tmp_path: Path) -> None:
+    content["tunings"] = {
+        "zero_shot": {},
+        "few": {"method": "few_shot", "shots": [1, 2], "draw": [0, 1]},
+        "lora": {"rank": 2},
+    }
+    report = run(make_recipe(content), tmp_path / "run", isolate=False)
+    assert list(report.tunings) == ["zero_shot", "few_1_draw0", "few_1_draw1", "few_2_draw0", "few_2_draw1", "lora"]
+    prompts = {
+        name: json.loads((tmp_path / "run" / "predictions" / f"{name}.jsonl").read_text().splitlines()[0])["prompt"]
+        for name in report.tunings
+    }
+    assert prompts["few_2_draw0"] != prompts["few_2_draw1"]
+    assert "Examples in the prompt" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_scoring_that_was_killed_goes_on_where_it_stopped(
     content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ from luthier.tuning import FewShot, Interpolation, Method, Prompting, attach, pa
 from luthier.tuning.files import load_tuning, pack
 
 EXIT_INTERRUPTED = 3
+DRAWS_APART = 1_000_003  # between the seeds of few-shot draws, so that no run's next seed draws the same
 
 
 def run_stage(directory: RunDirectory, name: str, should_stop: Callable[[], bool] = lambda: False) -> None:
@@ -67,7 +68,8 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
     if asked:  # training's limit on rows is no limit on what the model can read
         stage = replace(stage, encoder=stage.encoder.widened(stage.base.context))
     similar = isinstance(method, FewShot) and method.selection == "similar"
-    prepared = [(task, _shown(stage, task, examples, asked, similar)) for task, examples in stage.tasks]
+    seed = stage.recipe.seed + DRAWS_APART * (method.draw if isinstance(method, FewShot) else 0)
+    prepared = [(task, _shown(stage, task, examples, asked, similar, seed)) for task, examples in stage.tasks]
     kept = [len(example.shots) for _, examples in prepared for example in examples.test]
     if asked and min(kept) < asked:
         stage.progress.say(
@@ -94,13 +96,13 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
     }
 
 
-def _shown(stage: Stage, task: Task, examples: Examples, asked: int, similar: bool) -> Examples:
+def _shown(stage: Stage, task: Task, examples: Examples, asked: int, similar: bool, seed: int) -> Examples:
     """Validation and test with `asked` training examples in each prompt, or as many as fit."""
     budget = stage.encoder.max_length - task.max_new_tokens
-    same = choose_shots(examples.train, asked, stage.recipe.seed) if asked and not similar else []
+    same = choose_shots(examples.train, asked, seed) if asked and not similar else []
 
     def put(rows: Sequence[Example]) -> list[Example]:
-        shots = similar_shots(examples.train, rows, asked, stage.recipe.seed) if similar else [same] * len(rows)
+        shots = similar_shots(examples.train, rows, asked, seed) if similar else [same] * len(rows)
         return [
             with_shots(row, shown, budget, stage.encoder.count, first_last=similar)
             for row, shown in zip(rows, shots, strict=True)

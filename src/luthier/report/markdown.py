@@ -21,6 +21,7 @@ from luthier.report.score_tables import (
     tasks_table,
     tunings_table,
 )
+from luthier.report.shots import break_even_table, shots_table
 
 
 def markdown(report: Report) -> str:
@@ -46,6 +47,12 @@ def markdown(report: Report) -> str:
         ("Pairs, on the same examples", "Paired bootstrap; Holm's correction over all of them.", pairs_table(report)),
         ("Forgetting", "Difference to the untouched base, with its 95 % interval.", forgetting_table(report)),
         *((f"The mixture of {name}", "", table) for name, table in mixture_tables(report).items()),
+        ("Examples in the prompt", "Of several draws of the examples, the mean and its spread.", shots_table(report)),
+        (
+            "When a tuning pays for itself",
+            "Against the best prompt with shots; a trained token counts as three read ones.",
+            break_even_table(report),
+        ),
         ("Disk for 1, 10, 100 tasks", "", disk_table(report)),
         ("Warnings about the data", "", audit_table(report)),
         ("Settings", "", settings_table(report)),

@@ -27,6 +27,7 @@ from luthier.report.score_tables import (
     tasks_table,
     tunings_table,
 )
+from luthier.report.shots import break_even_table, shots_chart, shots_table
 from luthier.report.table import count, size
 from luthier.report.word_difference import marked
 
@@ -48,6 +49,9 @@ def page(report: Report) -> str:
         pairs=pairs_table(report),
         forgetting=forgetting_table(report),
         mixtures=mixture_tables(report),
+        shots=shots_table(report),
+        shots_chart=shots_chart(report),
+        break_even=break_even_table(report),
         disk=disk_table(report),
         audit=audit_table(report),
         settings=settings_table(report),
