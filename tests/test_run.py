@@ -475,6 +475,23 @@ def test_interpolating_towards_the_base(content: dict, bases: Path, tmp_path: Pa
     assert not (tmp_path / "other").exists(), "found before any work"
 
 
+@pytest.mark.parametrize("method", [{"method": "lora", "rank": 2}, {"method": "full"}], ids=["lora", "full"])
+def test_a_snapshot_is_the_tuning_of_a_shorter_training(content: dict, tmp_path: Path, method: dict) -> None:
+    even = {"schedule": "constant", "warmup": 0, "validate_every": 1, "learning_rate": 0.05}
+    content["tunings"] = {"it": {**method, "training": {**even, "max_steps": 6, "snapshots": 2}}}
+    whole = run(make_recipe(content), tmp_path / "whole", isolate=False).tunings["it"]
+    content["tunings"]["it"]["training"] = {**even, "max_steps": 2}
+    short = run(make_recipe(content), tmp_path / "short", isolate=False).tunings["it"]
+    assert [one.step for one in whole.snapshots] == [2, 4] and not short.snapshots
+    assert whole.snapshots[0].scores == short.scores
+    files = lambda folder: {file.name: file.read_bytes() for file in (tmp_path / folder).iterdir()}  # noqa: E731
+    assert files("whole/tunings/it@2") == files("short/tunings/it") != files("whole/tunings/it@4")
+    session = Session(tmp_path / "whole")
+    with pytest.raises(UserError, match="holds no tuning 'it@3'"):
+        session.generate(["Anna asks"], "it@3")
+    assert session.generate(["Anna asks"], "it@2") == Session(tmp_path / "short").generate(["Anna asks"], "it")
+
+
 def test_draws_show_other_examples(content: dict, tmp_path: Path) -> None:
     content["tunings"] = {
         "zero_shot": {},

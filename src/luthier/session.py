@@ -62,11 +62,12 @@ class Session:
         if tuning is None:
             self.base.use(None)
             return 0
-        if tuning not in self.recipe.tunings:
+        own = tuning.partition("@")[0]  # NAME@STEP is a snapshot of NAME
+        if own not in self.recipe.tunings:
             raise UserError(
                 f"The run {self.directory.path} holds no tuning {tuning!r}. {nearest(tuning, self.recipe.tunings)}"
             )
-        method = self.recipe.tunings[tuning].method
+        method = self.recipe.tunings[own].method
         if isinstance(method, FewShot):
             raise UserError(
                 f"{tuning!r} shows training examples in its prompt and saved nothing. Use a trained tuning, or put "

@@ -22,6 +22,7 @@ from luthier.models.memory import peak_bytes, resident_bytes
 from luthier.progress import Progress
 from luthier.recipe import BASELINE
 from luthier.scoring import Stage, encode, score_retention, score_tasks, validate, validation_examples
+from luthier.snapshots import keep_snapshots, score_snapshots, snapshot_steps
 from luthier.training.frozen_rows import frozen_rows
 from luthier.training.log import log_hooks, tracker_hooks
 from luthier.training.loop import train
@@ -126,7 +127,9 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
         say = stage.progress.say
         enrich = (lambda rows: frozen_rows(base, name, rows, say)) if settings.frozen_cache else (lambda rows: rows)
         rows, describe = training_rows(recipe, recipe.tunings[name], stage.tasks, encoder, reserve, say, enrich)
-        stage.progress.begin("training", settings.steps(len(rows)))
+        steps = settings.steps(len(rows))
+        stage.progress.begin("training", steps)
+        snapshots = snapshot_steps(steps, settings.snapshots)
         with (
             log_hooks(directory.log(name), directory.path / "tensorboard" / name) as logs,
             tracker_hooks(settings.trackers, name, directory.path, recipe.model_dump(mode="json")) as trackers,
@@ -139,7 +142,7 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
                 recipe.seed,
                 directory.checkpoints(name),
                 validate=(lambda: validate(stage, validation, reserve, settings.watch)) if validation else None,
-                hooks=[stage.progress.training, *logs, *trackers],
+                hooks=[stage.progress.training, *logs, *trackers, keep_snapshots(stage, name, snapshots)],
                 should_stop=stage.should_stop,
             )
         directory.save_log(name, done.history)
@@ -159,13 +162,15 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
             "validation_accuracy": kept.accuracy if kept else None,
             "shots": {"asked": 0, "least": 0, "mean": 0.0},
             "history": done.history,
+            "snapshots": snapshots,
             **describe(settings.batch_size, done.step),
         }
         directory.save_result(f"{name}.trained", trained)
     else:
         load_tuning(base, directory.tuning(name), name)
     base.use(name)
-    return {**trained, "scores": score_tasks(stage, name, reserve) | score_retention(stage, name, reserve)}
+    scores = score_tasks(stage, name, reserve) | score_retention(stage, name, reserve)
+    return {**trained, "scores": scores, "snapshots": score_snapshots(stage, name, trained["snapshots"], reserve)}
 
 
 def _interpolation(stage: Stage, name: str, method: Interpolation) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from luthier.report.score_tables import (
     tunings_table,
 )
 from luthier.report.shots import break_even_table, shots_table
+from luthier.report.tradeoff import matched_table, matched_words
 
 
 def markdown(report: Report) -> str:
@@ -46,6 +47,10 @@ def markdown(report: Report) -> str:
         ),
         ("Pairs, on the same examples", "Paired bootstrap; Holm's correction over all of them.", pairs_table(report)),
         ("Forgetting", "Difference to the untouched base, with its 95 % interval.", forgetting_table(report)),
+        *(
+            ("What a score costs", f"{matched_words(part)}, the change against the base.", matched_table(part))
+            for _, part in parts(report)
+        ),
         *((f"The mixture of {name}", "", table) for name, table in mixture_tables(report).items()),
         ("Examples in the prompt", "Of several draws of the examples, the mean and its spread.", shots_table(report)),
         (

@@ -29,6 +29,7 @@ from luthier.report.score_tables import (
 )
 from luthier.report.shots import break_even_table, shots_chart, shots_table
 from luthier.report.table import count, size
+from luthier.report.tradeoff import matched_table, matched_words, tradeoff_charts
 from luthier.report.word_difference import marked
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -48,6 +49,8 @@ def page(report: Report) -> str:
         parts=[(name, tunings_table(part), tasks_table(part)) for name, part in found],
         pairs=pairs_table(report),
         forgetting=forgetting_table(report),
+        tradeoffs=_drawn((name, tradeoff_charts(part)) for name, part in found),
+        matched=[(matched_words(part), matched_table(part)) for _, part in found if matched_table(part)],
         mixtures=mixture_tables(report),
         shots=shots_table(report),
         shots_chart=shots_chart(report),

@@ -48,6 +48,13 @@ class MixtureRow(_Part):
     tokens: int = Field(description="Prompt and target tokens trained on.")
 
 
+class Snapshot(_Part):
+    """A tuning as it was after a step of its training."""
+
+    step: int
+    scores: dict[str, dict[str, Score]]
+
+
 class TuningReport(_Part):
     """One tuning: what it cost and what it reached."""
 
@@ -76,6 +83,7 @@ class TuningReport(_Part):
     mixture: list[MixtureRow] = Field([], description="Empty where the recipe has one task.")
     history: list[dict[str, Any]]
     scores: dict[str, dict[str, Score]]
+    snapshots: list[Snapshot] = Field([], description="As training.snapshots asks for, in the order of steps.")
     run: str | None = Field(default=None, description="Of several runs compared: the one it is from.")
     seeds: list[int] = Field(
         default=[], description="Of runs put together: their seeds. Costs are means, memory the most."
