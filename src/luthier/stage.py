@@ -21,7 +21,15 @@ from luthier.models.base import BaseModel
 from luthier.models.memory import peak_bytes, resident_bytes
 from luthier.progress import Progress
 from luthier.recipe import BASELINE
-from luthier.scoring import Stage, encode, score_retention, score_tasks, validate, validation_examples
+from luthier.scoring import (
+    Stage,
+    encode,
+    request_cost,
+    score_retention,
+    score_tasks,
+    validate,
+    validation_examples,
+)
 from luthier.snapshots import keep_snapshots, score_snapshots, snapshot_steps
 from luthier.training.frozen_rows import frozen_rows
 from luthier.training.log import log_hooks, tracker_hooks
@@ -92,6 +100,7 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
         "validation_accuracy": kept_at.accuracy if kept_at else None,
         "shots": {"asked": asked, "least": min(kept), "mean": sum(kept) / len(kept)},
         "scores": scores,
+        "inference": request_cost(stage, None, 0),
         "history": [],
         "cut": 0,
     }
@@ -169,8 +178,12 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
     else:
         load_tuning(base, directory.tuning(name), name)
     base.use(name)
-    scores = score_tasks(stage, name, reserve) | score_retention(stage, name, reserve)
-    return {**trained, "scores": scores, "snapshots": score_snapshots(stage, name, trained["snapshots"], reserve)}
+    return {
+        **trained,
+        "scores": score_tasks(stage, name, reserve) | score_retention(stage, name, reserve),
+        "inference": request_cost(stage, name, reserve),
+        "snapshots": score_snapshots(stage, name, trained["snapshots"], reserve),
+    }
 
 
 def _interpolation(stage: Stage, name: str, method: Interpolation) -> dict[str, Any]:
@@ -193,6 +206,7 @@ def _interpolation(stage: Stage, name: str, method: Interpolation) -> dict[str, 
         "validation_accuracy": kept.accuracy if kept else None,
         "history": [],
         "scores": score_tasks(stage, name, reserve) | score_retention(stage, name, reserve),
+        "inference": request_cost(stage, name, reserve),
     }
 
 

@@ -115,6 +115,7 @@ def _tuning(
         mixture=[MixtureRow(**row) for row in result.get("mixture", [])],
         history=result["history"],
         scores=scores,
+        inference=result.get("inference"),
         snapshots=[
             Snapshot(step=one["step"], scores={task: _scores(found) for task, found in one["scores"].items()})
             for one in result.get("snapshots", [])

@@ -6,6 +6,7 @@ from luthier.report.cells import Cell, Table
 from luthier.report.cost_tables import (
     audit_table,
     disk_table,
+    inference_table,
     mismatches_table,
     mixture_tables,
     runs_table,
@@ -23,6 +24,11 @@ from luthier.report.score_tables import (
 )
 from luthier.report.shots import break_even_table, shots_table
 from luthier.report.tradeoff import matched_table, matched_words
+
+REQUEST_NOTE = (
+    "One at a time, the test prompt of middle length, 17 new tokens; merged: the tuning folded into the weights. "
+    "The least of three, in the stage's process."
+)
 
 
 def markdown(report: Report) -> str:
@@ -58,6 +64,7 @@ def markdown(report: Report) -> str:
             "Against the best prompt with shots; a trained token counts as three read ones.",
             break_even_table(report),
         ),
+        ("What a request costs", REQUEST_NOTE, inference_table(report)),
         ("Disk for 1, 10, 100 tasks", "", disk_table(report)),
         ("Warnings about the data", "", audit_table(report)),
         ("Settings", "", settings_table(report)),

@@ -10,6 +10,7 @@ from luthier.report.charts import Bar, Series, bars, lines, smooth
 from luthier.report.cost_tables import (
     audit_table,
     disk_table,
+    inference_table,
     mismatches_table,
     mixture_tables,
     runs_table,
@@ -55,6 +56,7 @@ def page(report: Report) -> str:
         shots=shots_table(report),
         shots_chart=shots_chart(report),
         break_even=break_even_table(report),
+        inference=inference_table(report),
         disk=disk_table(report),
         audit=audit_table(report),
         settings=settings_table(report),
