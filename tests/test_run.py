@@ -492,6 +492,37 @@ def test_a_snapshot_is_the_tuning_of_a_shorter_training(content: dict, tmp_path:
     assert session.generate(["Anna asks"], "it@2") == Session(tmp_path / "short").generate(["Anna asks"], "it")
 
 
+def test_the_best_template_is_the_one_of_the_best_validation_score(content: dict, tmp_path: Path) -> None:
+    wordings = [
+        "{{ text }} ||| {{ who }}",
+        "Say who: {{ text }} ||| {{ who }} asks.",
+        "{{ text }}? {{ text }} ||| {{ who }}",
+    ]
+    content |= {"retention": [], "tunings": {"zero_shot": {}}}
+    content["task"]["metrics"] = ["rouge1", "perplexity"]
+    alone = []
+    for number, wording in enumerate(wordings):
+        content["task"]["template"] = wording
+        alone.append(run(make_recipe(content), tmp_path / str(number), isolate=False).tunings["zero_shot"])
+    best = min(range(3), key=lambda number: alone[number].validation_loss)
+    content["tunings"]["best"] = {"method": "best_template", "templates": wordings, "rows": 0}
+    found = run(make_recipe(content), tmp_path / "run", isolate=False).tunings["best"]
+    assert [one.chosen for one in found.templates["who"]] == [number == best for number in range(3)]
+    assert [one.value for one in found.templates["who"]] == pytest.approx([np.exp(one.validation_loss) for one in alone], rel=1e-5)
+    assert found.scores["who"] == alone[best].scores["who"]
+    assert "The prompts tried" in (tmp_path / "run" / "report.html").read_text()
+    asked = Session(tmp_path / "run").generate([{"text": "Anna asks", "who": "Anna"}], "best")
+    assert asked == Session(tmp_path / str(best)).generate([{"text": "Anna asks", "who": "Anna"}])
+    content["tunings"]["best"] = {"method": "best_template"}
+    with pytest.raises(UserError, match="the task 'who' has one template. Name several"):
+        run(make_recipe(content), tmp_path / "other", isolate=False)
+    assert not (tmp_path / "other").exists()
+    content["tunings"] = {"zero_shot": {}}
+    content["task"]["template_choice"] = 4
+    with pytest.raises(UserError, match="has 1 template, and template_choice is 4"):
+        run(make_recipe(content), tmp_path / "other", isolate=False)
+
+
 def test_draws_show_other_examples(content: dict, tmp_path: Path) -> None:
     content["tunings"] = {
         "zero_shot": {},

@@ -165,10 +165,15 @@ class Recipe(BaseModel):
             self._encoder = self.encoder(tokenizer, config.is_encoder_decoder, context_length(config, DEFAULT_CONTEXT))
         return self._encoder
 
+    @property
+    def data_folder(self) -> Path:
+        """Where relative data files lie."""
+        return Path(self.data)
+
     def examples(self, task: Task, train_only: bool = False) -> Examples:
         """A task's rows, split and rendered. Raises UserError as `load_examples` does."""
         counter = lambda: PromptTokens(self.read_encoder())  # noqa: E731
-        return load_examples(task, Path(self.data), self.seed, counter=counter, train_only=train_only)
+        return load_examples(task, self.data_folder, self.seed, counter=counter, train_only=train_only)
 
 
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:

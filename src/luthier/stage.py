@@ -20,6 +20,7 @@ from luthier.errors import Interrupted, UserError
 from luthier.models.base import BaseModel
 from luthier.models.memory import peak_bytes, resident_bytes
 from luthier.progress import Progress
+from luthier.prompt_search import best_templates
 from luthier.recipe import BASELINE
 from luthier.scoring import (
     Stage,
@@ -35,7 +36,7 @@ from luthier.training.frozen_rows import frozen_rows
 from luthier.training.log import log_hooks, tracker_hooks
 from luthier.training.loop import train
 from luthier.training_rows import training_rows
-from luthier.tuning import FewShot, Interpolation, Method, Prompting, attach, parameters
+from luthier.tuning import BestTemplate, FewShot, Interpolation, Method, Prompting, attach, parameters
 from luthier.tuning.files import load_tuning, pack
 
 EXIT_INTERRUPTED = 3
@@ -74,6 +75,10 @@ def run_stage(directory: RunDirectory, name: str, should_stop: Callable[[], bool
 def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
     """Score the base as it is; its retention is the baseline's, for nothing was changed."""
     asked = method.shot_count()
+    tried: dict[str, Any] = {}
+    if isinstance(method, BestTemplate):
+        chosen, tried = best_templates(stage, method)
+        stage = replace(stage, tasks=chosen)
     if asked:  # training's limit on rows is no limit on what the model can read
         stage = replace(stage, encoder=stage.encoder.widened(stage.base.context))
     similar = isinstance(method, FewShot) and method.selection == "similar"
@@ -101,6 +106,7 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
         "shots": {"asked": asked, "least": min(kept), "mean": sum(kept) / len(kept)},
         "scores": scores,
         "inference": request_cost(stage, None, 0),
+        "templates": tried,
         "history": [],
         "cut": 0,
     }
