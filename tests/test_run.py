@@ -518,7 +518,7 @@ def test_replay_trains_on_a_share_of_other_rows(content: dict, tmp_path: Path) -
         ({"task": {**general, "name": "who"}}, "two tasks are named 'who'"),
         ({"task": {**general, "name": "kept"}}, "another task is named 'kept' too"),
         ({"task": {"template": "{{ q }} ||| {{ a }}", "test": "other.jsonl"}}, "needs training rows"),
-        ({"share": 0.1, "much": 1}, "unknown key 'tunings.with.replay.much'. Allowed: task, share"),
+        ({"share": 0.1, "much": 1}, "unknown key 'tunings.with.replay.much'. Allowed: share, task"),
     ):
         wrong = {**content["tunings"]["with"], "replay": {**content["tunings"]["with"]["replay"], **changes}}
         with pytest.raises(UserError, match=message):
