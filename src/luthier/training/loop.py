@@ -15,7 +15,7 @@ from luthier.encoding.batches import collate, micro_batches
 from luthier.encoding.encoder import Encoded
 from luthier.encoding.order import Stream, step_rows
 from luthier.errors import Interrupted, UserError
-from luthier.files import whole_file
+from luthier.files import remove_partial, whole_file
 from luthier.models.allocator import give_back_freed_memory
 from luthier.models.base import BaseModel
 from luthier.models.loss import loss_sum
@@ -73,6 +73,8 @@ def train(
     steps = settings.steps(len(rows))
     validate_every = settings.validate_every or -(-len(rows) // settings.batch_size)
     checkpoint, best = folder / "checkpoint.safetensors", folder / "best.safetensors"
+    for path in (checkpoint, best):
+        remove_partial(path)
 
     torch.manual_seed(seed)
     progress = Progress(micro_batch_tokens=settings.micro_batch_tokens)
