@@ -19,10 +19,10 @@ from luthier.recipe import Recipe, differing_key, file_part, make_recipe, recipe
 
 
 class RunDirectory:
-    """Paths and state of one run."""
+    """Paths and state of one run; of several processes one `writes`."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes = path, writes
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe, resume: bool) -> "RunDirectory":
@@ -54,11 +54,11 @@ class RunDirectory:
         return directory
 
     @classmethod
-    def open(cls, path: Path) -> "RunDirectory":
+    def open(cls, path: Path, writes: bool = True) -> "RunDirectory":
         """Open an existing run; raises UserError where there is none."""
         if not (path / "recipe.yaml").is_file():
             raise UserError(f"{path} is no run directory: it holds no recipe.yaml.")
-        return cls(path)
+        return cls(path, writes)
 
     def recipe(self) -> Recipe:
         """The resolved recipe of the run."""
@@ -83,10 +83,16 @@ class RunDirectory:
 
     def save_log(self, name: str, history: list[dict[str, Any]]) -> None:
         """Write the log anew from the history: a resumed training repeats no line."""
-        write_whole(self.log(name), "".join(json.dumps(event) + "\n" for event in history).encode())
+        if self.writes:
+            write_whole(self.log(name), "".join(json.dumps(event) + "\n" for event in history).encode())
 
     def save_tuning(self, name: str, files: dict[str, bytes]) -> int:
         """Write a tuning's files as one: the folder appears whole or not at all. Returns its bytes."""
+        if self.writes:
+            self._write_tuning(name, files)
+        return sum(map(len, files.values()))
+
+    def _write_tuning(self, name: str, files: dict[str, bytes]) -> None:
         target = self.path / "tunings" / name
         partial = target.with_name(f".{name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -94,11 +100,11 @@ class RunDirectory:
             write_whole(partial / file, content)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
-        return sum(map(len, files.values()))
 
     def save_result(self, name: str, result: dict[str, Any]) -> None:
         """Write what a stage found; with this file the stage is done."""
-        write_json(self.path / "results" / f"{name}.json", result)
+        if self.writes:
+            write_json(self.path / "results" / f"{name}.json", result)
 
     def result(self, name: str) -> dict[str, Any] | None:
         """What a stage found, None where it is not done."""
@@ -108,7 +114,8 @@ class RunDirectory:
     def save_predictions(self, name: str, task: str, lines: list[dict[str, Any]]) -> None:
         """Write every answer of a tuning to a task as JSON lines."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_whole(self._predictions(name, task), text.encode())
+        if self.writes:
+            write_whole(self._predictions(name, task), text.encode())
 
     def predictions(self, name: str) -> list[dict[str, Any]]:
         """The answers of a tuning to the run's task, of a mixture to all of its tasks."""

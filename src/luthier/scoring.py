@@ -12,13 +12,14 @@ from luthier.encoding.batches import encode_all
 from luthier.encoding.encoder import Encoded, Encoder
 from luthier.errors import Interrupted, UserError
 from luthier.evaluation.kept import keep, keep_mean
-from luthier.evaluation.score import answer, loss_and_accuracy, losses, measure
+from luthier.evaluation.score import Prediction, answer, loss_and_accuracy, losses, measure
 from luthier.metrics import MODEL_METRICS
 from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
 from luthier.progress import Progress
 from luthier.recipe import Recipe
 from luthier.training.loop import Validation
+from luthier.training.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Stage:
     tasks: list[tuple[Task, Examples]]  # one, or those of a mixture
     progress: Progress
     should_stop: Callable[[], bool]
+    ranks: Ranks = ALONE  # each answers its share of the examples
 
 
 def validation_examples(stage: Stage, names: Sequence[str] | None = None) -> list[Example]:
@@ -43,16 +45,40 @@ def validate(stage: Stage, rows: list[Encoded], reserve: int, watch: str = "loss
     """Loss on the validation targets, accuracy (of the answers where there are choices, else of the next token), and
     the metric that training watches.
     """
-    loss, accuracy = loss_and_accuracy(stage.base, rows)
+    loss, accuracy = loss_of(stage.base, rows, stage.ranks)
     scores: dict[str, float] = {}
     if watch not in ("loss", "accuracy"):
         longest = max(task.max_new_tokens for task, _ in stage.tasks)
-        found = measure(answer(stage.base, stage.encoder, validation_examples(stage), longest, reserve), [watch])
+        found = measure(_answer(stage, validation_examples(stage), longest, reserve), [watch])
         scores[watch] = found[watch].value
     if isinstance(stage.recipe.task, Task) and stage.recipe.task.choices:
-        answers = answer(stage.base, stage.encoder, validation_examples(stage), 1, reserve)
+        answers = _answer(stage, validation_examples(stage), 1, reserve)
         accuracy = sum(one.prediction in one.references for one in answers) / len(answers)
     return Validation(loss, accuracy, scores)
+
+
+def loss_of(base: BaseModel, rows: list[Encoded], ranks: Ranks = ALONE) -> tuple[float, float]:
+    """Mean loss (nats per target token) and next-token accuracy of rows, of which each rank runs its share."""
+    if ranks.size == 1:
+        return loss_and_accuracy(base, rows)
+    own = ranks.split(rows)[ranks.rank]
+    count = sum(len(row.labels) for row in own)
+    loss, accuracy = loss_and_accuracy(base, own) if own else (0.0, 0.0)
+    total, hits, targets = ranks.add(loss * count, accuracy * count, count)
+    return total / targets, hits / targets
+
+
+def _answer(
+    stage: Stage,
+    examples: Sequence[Example],
+    new_tokens: int,
+    reserve: int,
+    tell: Callable[[int, int], None] = lambda done, of: None,
+) -> list[Prediction]:
+    def share(own: Sequence[Example]) -> list[Prediction]:
+        return answer(stage.base, stage.encoder, own, new_tokens, reserve, tell)
+
+    return stage.ranks.gathered(share, examples)
 
 
 def score_tasks(stage: Stage, name: str, reserve: int) -> dict[str, Any]:
@@ -89,9 +115,10 @@ def _score(stage: Stage, name: str, task: Task, examples: Sequence[Example], res
     own = [metric for metric in task.judged_by if metric in MODEL_METRICS]
     named = [metric for metric in task.judged_by if metric not in MODEL_METRICS]
     if own:
+        # Every rank scores all rows: the losses come as a whole.
         scores |= losses(stage.base, encode(stage, examples, reserve, task.name), own)
     if named:
-        predictions = answer(stage.base, stage.encoder, examples, task.max_new_tokens, reserve, tell)
+        predictions = _answer(stage, examples, task.max_new_tokens, reserve, tell)
         scores |= measure(predictions, named)
         lines = [
             {

@@ -22,6 +22,7 @@ from luthier.models.loss import loss_sum
 from luthier.models.recompute import recomputed
 from luthier.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from luthier.training.optimizer import Optimizer
+from luthier.training.ranks import ALONE, Ranks, check_ranks
 from luthier.training.rates import rate_factors
 from luthier.training.settings import TrainingSettings
 from luthier.tuning.files import copy_into
@@ -58,8 +59,11 @@ def train(
     validate: Callable[[], Validation] | None = None,
     hooks: Sequence[Hook] = (),
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> Progress:
     """Train the attached tuning `name`; the base's own weights never move.
+
+    Of several `ranks` each runs its share of every batch, and rank 0 alone writes.
 
     Keeps the weights with the best of what `settings.watch` names. `folder` holds the checkpoint; one that is there is
     continued. Each step and each validation is told to `hooks` as a dict.
@@ -73,8 +77,10 @@ def train(
     steps = settings.steps(len(rows))
     validate_every = settings.validate_every or -(-len(rows) // settings.batch_size)
     checkpoint, best = folder / "checkpoint.safetensors", folder / "best.safetensors"
-    for path in (checkpoint, best):
-        remove_partial(path)
+    check_ranks(settings, ranks.size)
+    if ranks.rank == 0:
+        for path in (checkpoint, best):
+            remove_partial(path)
 
     torch.manual_seed(seed)
     progress = Progress(micro_batch_tokens=settings.micro_batch_tokens)
@@ -94,7 +100,9 @@ def train(
         started = time.perf_counter()
         step = progress.step
         batch = step_rows(rows, settings.batch_size, step)
-        loss, tokens = _gradients(base, name, batch, settings, progress, tell)
+        if ranks.size > 1:
+            torch.manual_seed(ranks.seed(seed, step))
+        loss, tokens = _gradients(base, name, batch, settings, progress, tell, ranks)
         rate = settings.rate(step, steps, peak)
         norm = optimizer.step(rate, settings.clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -108,18 +116,20 @@ def train(
             give_back_freed_memory()
         seconds = time.perf_counter() - started
         progress.seconds += seconds
-        progress.tokens += tokens
+        progress.tokens += int(tokens)
         event = {"step": progress.step, "steps": steps, "loss": loss, "rate": rate, "norm": norm}
-        tell(event | {"tokens": tokens, "step_seconds": seconds})
+        tell(event | {"tokens": int(tokens), "step_seconds": seconds})
         if validate and (progress.step % validate_every == 0 or progress.step == steps):
-            _validate(base, name, progress, validate, settings.watch, best, tell)
+            _validate(base, name, progress, validate, settings.watch, best, tell, ranks)
             if settings.early_stopping and progress.without_gain >= settings.early_stopping:
                 break
-        stopping = should_stop()
+        stopping = ranks.any(should_stop())
         if stopping or (progress.step % settings.checkpoint_every == 0 and progress.step < steps):
             progress.stream = rows.state()
-            write_checkpoint(checkpoint, progress, owned, optimizer.state())
+            if ranks.rank == 0:
+                write_checkpoint(checkpoint, progress, owned, optimizer.state())
         if stopping:
+            ranks.wait()  # until it is written
             raise Interrupted(
                 f"Training {name!r} was stopped after step {progress.step} of {steps}; its state is saved."
             )
@@ -129,16 +139,25 @@ def train(
 
 
 def _gradients(
-    base: BaseModel, name: str, rows: list[Encoded], settings: TrainingSettings, progress: Progress, tell: Hook
-) -> tuple[float, int]:
-    """Gradients of one optimizer batch: the mean loss and the tokens run. Halves the budget where asked and needed."""
+    base: BaseModel,
+    name: str,
+    rows: list[Encoded],
+    settings: TrainingSettings,
+    progress: Progress,
+    tell: Hook,
+    ranks: Ranks = ALONE,
+) -> tuple[float, float]:
+    """Gradients of one optimizer batch, of all ranks: the mean loss and the tokens run. Halves the budget where asked and
+    needed.
+    """
     start = torch.get_rng_state()
     base.embedding_noise = settings.neftune
     try:
         with recomputed(base.model) if settings.gradient_checkpointing else nullcontext():
             while True:
                 try:
-                    return accumulate(base, rows, progress.micro_batch_tokens, settings.label_smoothing)
+                    found = accumulate(base, rows, progress.micro_batch_tokens, settings.label_smoothing, ranks)
+                    break
                 except (torch.OutOfMemoryError, RuntimeError) as error:
                     if not out_of_memory(error):
                         raise
@@ -154,6 +173,9 @@ def _gradients(
                     torch.cuda.empty_cache()
     finally:
         base.embedding_noise = 0.0
+    ranks.add_gradients(parameters(base, name))
+    loss, tokens = ranks.add(*found)
+    return loss, tokens
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -173,11 +195,16 @@ def _advice(name: str, rows: list[Encoded], budget: int, settings: TrainingSetti
     )
 
 
-def accumulate(base: BaseModel, rows: list[Encoded], budget: int, label_smoothing: float = 0.0) -> tuple[float, int]:
-    """Gradients of the mean loss over all targets of the batch, one micro-batch after another."""
+def accumulate(
+    base: BaseModel, rows: list[Encoded], budget: int, label_smoothing: float = 0.0, ranks: Ranks = ALONE
+) -> tuple[float, int]:
+    """Gradients of the mean loss over all targets of the batch, one micro-batch of this rank's rows after another.
+
+    Returns this rank's part of the mean loss, and its tokens.
+    """
     count = sum(len(row.labels) for row in rows)
     total, tokens = 0.0, 0
-    for group in micro_batches(rows, budget, padded=not base.packs):
+    for group in micro_batches(ranks.split(rows)[ranks.rank], budget, padded=not base.packs):
         batch = collate(group, base.decoder_start if base.encoder_decoder else None).to(base.device)
         loss = loss_sum(base, batch, label_smoothing)
         (loss / count).backward()  # type: ignore[no-untyped-call]
@@ -194,13 +221,18 @@ def _validate(
     watch: str,
     best: Path,
     tell: Callable[[dict[str, Any]], None],
+    ranks: Ranks,
 ) -> None:
     found = validate()
     progress.without_gain += 1
     if progress.best is None or found.of(watch) > progress.best:
         progress.best, progress.best_step, progress.without_gain = found.of(watch), progress.step, 0
-        tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in parameters(base, name).items()}
-        with whole_file(best) as partial:
-            save_file(tensors, partial)
+        if ranks.rank == 0:
+            _save(best, parameters(base, name))
     scores = {f"validation_{metric}": value for metric, value in found.scores.items()}
     tell({"step": progress.step, "validation_loss": found.loss, "validation_accuracy": found.accuracy, **scores})
+
+
+def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    with whole_file(path) as partial:
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial)

@@ -1,0 +1,110 @@
+"""Several processes learn what one learns: same losses, weights and decisions, whatever their number."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests import tiny
+from tests.training.rank_server import Together
+from tests.training.test_loop import rows_for
+
+from luthier.errors import UserError
+from luthier.training.ranks import Ranks, check_ranks
+from luthier.training.settings import TrainingSettings
+
+Ask = Callable[[Together], list[str]]
+each_method = pytest.mark.parametrize("method", ["lora", "full", "prompt_tuning"])
+each_family = pytest.mark.parametrize("family", ["llama", "t5"])
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Ask]:
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.training.rank_server"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+
+    def one(asked: Together) -> list[str]:
+        server.stdin.write(json.dumps(asdict(asked)) + "\n")
+        server.stdin.flush()
+        said = server.stdout.readline()
+        assert said, "the server failed; its traceback is above"
+        return json.loads(said)
+
+    yield one
+    server.communicate(timeout=60)
+
+
+def learnt(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    return json.loads((folder / "history.json").read_text()), load_file(folder / "learnt")
+
+
+def same_to(one: Path, other: Path, tolerance: float) -> None:
+    (ours, weights), (theirs, others) = learnt(one), learnt(other)
+    assert len(ours) == len(theirs) > 10
+    for mine, their in zip(ours, theirs, strict=True):
+        norms = [one.pop("norm", 0.0) for one in (mine, their)]
+        assert mine == pytest.approx(their, rel=tolerance, abs=tolerance), "losses, tokens and validations"
+        assert norms[0] == pytest.approx(norms[1], rel=10 * tolerance)
+    assert weights.keys() == others.keys()
+    for key, tensor in weights.items():
+        # Adam's first steps divide small gradients by themselves: single weights differ by more than the losses.
+        assert (tensor - others[key]).abs().mean() < tolerance and (tensor - others[key]).abs().max() < 50 * tolerance
+
+
+@each_family
+@each_method
+def test_two_processes_learn_what_one_learns(method: str, family: str, ask: Ask, tmp_path: Path) -> None:
+    asked = {"method": method, "family": family}
+    assert ask(Together(str(tmp_path / "one"), **asked)) == [""]
+    assert ask(Together(str(tmp_path / "two"), **asked, size=2)) == ["", ""]
+    same_to(tmp_path / "two", tmp_path / "one", 1e-5)
+    # Checkpoints move between one process and two, both ways.
+    for first, second in ((1, 2), (2, 1)):
+        folder = tmp_path / f"{first} then {second}"
+        said = ask(Together(str(folder), **asked, size=first, stop_at=4))
+        assert said == ["Interrupted: Training 't' was stopped after step 4 of 10; its state is saved."] * first
+        assert ask(Together(str(folder), **asked, size=second)) == [""] * second
+        same_to(folder, tmp_path / "one", 1e-5)
+
+
+@pytest.mark.parametrize("method", ["ia3", "bottleneck", "prefix_tuning", "selective", "dora"])
+def test_so_do_other_methods_on_three_processes_and_a_mixture(method: str, ask: Ask, tmp_path: Path) -> None:
+    for size in (1, 3):
+        ask(Together(str(tmp_path / str(size)), method, size=size, mixture=True))
+    same_to(tmp_path / "3", tmp_path / "1", 1e-5)
+
+
+def test_dropout_draws_anew_on_each_rank_and_a_resumed_run_draws_the_same(ask: Ask, tmp_path: Path) -> None:
+    for name, stops in (("whole", [0]), ("resumed", [3, 7, 0])):
+        for stop in stops:
+            ask(Together(str(tmp_path / name), "dropout", size=2, stop_at=stop))
+    assert learnt(tmp_path / "whole")[0] == learnt(tmp_path / "resumed")[0]
+    (_, ours), (_, theirs) = learnt(tmp_path / "whole"), learnt(tmp_path / "resumed")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    seeds = {Ranks(rank, 2).seed(3, step) for rank in range(2) for step in range(100)}
+    assert len(seeds) == 200
+
+
+def test_a_batch_is_divided_whole_and_evenly() -> None:
+    rows = rows_for(tiny.make("llama"), 40)
+    for size in (1, 2, 3, 7):
+        parts = Ranks(0, size).split(rows)
+        assert sorted(row.id for part in parts for row in part) == sorted(row.id for row in rows)
+        tokens = [sum(map(len, part)) for part in parts]
+        assert max(tokens) - min(tokens) <= max(map(len, rows))
+        assert Ranks(size - 1, size).split(rows) == parts, "every rank knows every rank's rows"
+
+
+def test_a_batch_smaller_than_the_ranks_is_refused(ask: Ask, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="batch_size is 2 for 3 processes: .* Set it to 3 or more"):
+        check_ranks(TrainingSettings(batch_size=2), 3)
+    said = ask(Together(str(tmp_path / "x"), size=2, settings={"batch_size": 1}))
+    assert len(said) == 2 and all(one.startswith("UserError: training.batch_size is 1") for one in said)
