@@ -21,7 +21,7 @@ from luthier.recipe import BASELINE, Recipe
 from luthier.report.build import build_report
 from luthier.report.page import page
 from luthier.report.schema import Report
-from luthier.training.ranks import check_ranks
+from luthier.training.loop import check_ranks
 from luthier.tuning import FewShot, Method, attach, detach
 
 

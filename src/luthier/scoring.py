@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from luthier.data.mixture import Mixture
 from luthier.data.task import Example, Examples, Task
 from luthier.directory import RunDirectory
@@ -16,6 +18,7 @@ from luthier.evaluation.score import Prediction, answer, loss_and_accuracy, loss
 from luthier.metrics import MODEL_METRICS
 from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
+from luthier.models.shard import inside
 from luthier.progress import Progress
 from luthier.recipe import Recipe
 from luthier.training.loop import Validation
@@ -59,8 +62,9 @@ def validate(stage: Stage, rows: list[Encoded], reserve: int, watch: str = "loss
 
 def loss_of(base: BaseModel, rows: list[Encoded], ranks: Ranks = ALONE) -> tuple[float, float]:
     """Mean loss (nats per target token) and next-token accuracy of rows, of which each rank runs its share."""
-    if ranks.size == 1:
-        return loss_and_accuracy(base, rows)
+    if ranks.size == 1 or ranks.sharded:
+        with torch.no_grad():
+            return inside(base, lambda: loss_and_accuracy(base, rows))
     own = ranks.split(rows)[ranks.rank]
     count = sum(len(row.labels) for row in own)
     loss, accuracy = loss_and_accuracy(base, own) if own else (0.0, 0.0)
@@ -76,7 +80,8 @@ def _answer(
     tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Prediction]:
     def share(own: Sequence[Example]) -> list[Prediction]:
-        return answer(stage.base, stage.encoder, own, new_tokens, reserve, tell)
+        with torch.no_grad():
+            return inside(stage.base, lambda: answer(stage.base, stage.encoder, own, new_tokens, reserve, tell))
 
     return stage.ranks.gathered(share, examples)
 
@@ -115,8 +120,9 @@ def _score(stage: Stage, name: str, task: Task, examples: Sequence[Example], res
     own = [metric for metric in task.judged_by if metric in MODEL_METRICS]
     named = [metric for metric in task.judged_by if metric not in MODEL_METRICS]
     if own:
-        # Every rank scores all rows: the losses come as a whole.
-        scores |= losses(stage.base, encode(stage, examples, reserve, task.name), own)
+        rows = encode(stage, examples, reserve, task.name)
+        with torch.no_grad():  # every rank scores all rows: the losses come as a whole
+            scores |= inside(stage.base, lambda: losses(stage.base, rows, own))
     if named:
         predictions = _answer(stage, examples, task.max_new_tokens, reserve, tell)
         scores |= measure(predictions, named)

@@ -24,13 +24,15 @@ from luthier.launched import WORD, Failure, Launched, launched
 from luthier.models.base import BaseModel
 from luthier.models.load import resolve_device
 from luthier.models.memory import peak_bytes, resident_bytes
+from luthier.models.shard import shard
 from luthier.progress import Progress
-from luthier.recipe import BASELINE
+from luthier.recipe import BASELINE, Recipe
 from luthier.scoring import Stage, encode, score_retention, score_tasks, validate, validation_examples
 from luthier.training.frozen_rows import frozen_rows
 from luthier.training.log import log_hooks, tracker_hooks
 from luthier.training.loop import Hook, train
 from luthier.training.ranks import ALONE, Ranks
+from luthier.training.settings import TrainingSettings
 from luthier.training_rows import training_rows
 from luthier.tuning import FewShot, Method, Prompting, attach, parameters
 from luthier.tuning.files import load_tuning, pack
@@ -59,11 +61,14 @@ def run_stage(
                 f"{', '.join(skipped[:3])}{' ...' if len(skipped) > 3 else ''}"
             )
         progress.say("loading the base")
-        base = BaseModel.load(recipe.base)
+        ranks.sharded = ranks.size > 1 and _settings(recipe, name).shard
+        base = BaseModel.load(recipe.base, torch.device("cpu") if ranks.sharded else None)
         ranks.agree("base model", base.fingerprint())
         ranks.agree("version of torch and precision", [torch.__version__, str(base.dtype)])
         encoder = recipe.encoder(base.tokenizer, base.encoder_decoder, base.context)
         stage = Stage(directory, recipe, base, encoder, tasks, progress, should_stop, ranks)
+        if ranks.sharded and (name == BASELINE or isinstance(recipe.method(name), Prompting)):
+            shard(base, None, ranks.device)
         if name == BASELINE:
             result: dict[str, Any] = {"scores": score_retention(stage, name, 0)}
         else:
@@ -71,6 +76,12 @@ def run_stage(
             result = _prompting(stage, name, method) if isinstance(method, Prompting) else _tuning(stage, name, method)
         result |= {"memory_after_import_bytes": after_import, "base": _describe(base)}
     directory.save_result(name, result)
+
+
+def _settings(recipe: Recipe, name: str) -> TrainingSettings:
+    """The training settings of a stage; those of the recipe where it trains nothing."""
+    trains = name != BASELINE and isinstance(recipe.method(name), Method)
+    return recipe.tunings[name].training if trains else recipe.training
 
 
 def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
@@ -133,6 +144,8 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
     trained = directory.result(f"{name}.trained")
     if trained is None:
         attach(base, name, method, recipe.seed)
+        if ranks.sharded:
+            shard(base, name, ranks.device)
         settings = recipe.tunings[name].training
         say = stage.progress.say
         enrich = (lambda rows: frozen_rows(base, name, rows, say)) if settings.frozen_cache else (lambda rows: rows)
@@ -180,6 +193,8 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
         directory.save_result(f"{name}.trained", trained)
     else:
         load_tuning(base, directory.tuning(name), name)
+        if ranks.sharded:
+            shard(base, name, ranks.device)
     base.use(name)
     return {**trained, "scores": score_tasks(stage, name, reserve) | score_retention(stage, name, reserve)}
 

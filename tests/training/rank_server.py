@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tests import tiny
 from tests.training.test_loop import METHODS, rows_for
 
 from luthier.encoding.order import Mixed, Shuffled
 from luthier.errors import Interrupted, UserError
 from luthier.launched import Launched
+from luthier.models.shard import shard
 from luthier.scoring import loss_of
+from luthier.training.checkpoint import write_tensors
 from luthier.training.loop import Validation, train
 from luthier.training.ranks import ALONE, Ranks
 from luthier.training.settings import TrainingSettings
@@ -38,6 +39,7 @@ class Together:
     rows: int = 22
     settings: dict | None = None
     mixture: bool = False
+    shard: bool = False
 
 
 def child(asked: Together, rank: int, port: int) -> None:
@@ -47,6 +49,9 @@ def child(asked: Together, rank: int, port: int) -> None:
     ranks = Ranks.join(process, "t", torch.device("cpu")) if process else ALONE
     base = tiny.make(asked.family)
     attach(base, "t", METHODS[asked.method], seed=1)
+    if asked.shard and asked.size > 1:
+        shard(base, "t", ranks.device)
+        ranks.sharded = True
     settings = TrainingSettings(
         **{"epochs": 2, "batch_size": 5, "micro_batch_tokens": 40, "learning_rate": 3e-3, "checkpoint_every": 3}
         | (asked.settings or {})
@@ -65,8 +70,8 @@ def child(asked: Together, rank: int, port: int) -> None:
             ranks=ranks,
         )  # fmt: skip
         history = [{key: one[key] for key in one if key != "step_seconds"} for one in progress.history]
+        write_tensors(folder / "learnt", parameters(base, "t"), writes=rank == 0)
         if rank == 0:
-            save_file({key: one.detach().contiguous() for key, one in parameters(base, "t").items()}, folder / "learnt")
             (folder / "history.json").write_text(json.dumps(history))
     except (Interrupted, UserError) as error:
         said = f"{type(error).__name__}: {error}"

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from luthier.encoding.batches import collate, micro_batches
 from luthier.encoding.encoder import Encoded
 from luthier.encoding.order import Stream, step_rows
 from luthier.errors import Interrupted, UserError
-from luthier.files import remove_partial, whole_file
+from luthier.files import remove_partial
 from luthier.models.allocator import give_back_freed_memory
 from luthier.models.base import BaseModel
 from luthier.models.loss import loss_sum
 from luthier.models.recompute import recomputed
-from luthier.training.checkpoint import Progress, read_checkpoint, write_checkpoint
+from luthier.models.shard import inside, locals_of, read_parts
+from luthier.training.checkpoint import Progress, read_checkpoint, write_checkpoint, write_tensors
 from luthier.training.optimizer import Optimizer
-from luthier.training.ranks import ALONE, Ranks, check_ranks
+from luthier.training.ranks import ALONE, Ranks
 from luthier.training.rates import rate_factors
 from luthier.training.settings import TrainingSettings
 from luthier.tuning.files import copy_into
@@ -73,7 +73,7 @@ def train(
     owned = parameters(base, name)
     peak = settings.learning_rate or method.defaults.learning_rate
     decay = method.defaults.weight_decay if settings.weight_decay is None else settings.weight_decay
-    optimizer = Optimizer(owned, decay, settings.optimizer, rate_factors(owned, settings, base.blocks))
+    optimizer = Optimizer(owned, decay, settings.optimizer, rate_factors(owned, settings, base.blocks), ranks)
     steps = settings.steps(len(rows))
     validate_every = settings.validate_every or -(-len(rows) // settings.batch_size)
     checkpoint, best = folder / "checkpoint.safetensors", folder / "best.safetensors"
@@ -85,8 +85,8 @@ def train(
     torch.manual_seed(seed)
     progress = Progress(micro_batch_tokens=settings.micro_batch_tokens)
     if checkpoint.is_file():
-        progress, weights, state = read_checkpoint(checkpoint)
-        copy_into(owned, weights, str(checkpoint))
+        progress, weights, state = read_checkpoint(checkpoint, owned)
+        copy_into(locals_of(owned), weights, str(checkpoint))
         optimizer.restore(state)
         rows.restore(progress.stream)
 
@@ -126,16 +126,24 @@ def train(
         stopping = ranks.any(should_stop())
         if stopping or (progress.step % settings.checkpoint_every == 0 and progress.step < steps):
             progress.stream = rows.state()
-            if ranks.rank == 0:
-                write_checkpoint(checkpoint, progress, owned, optimizer.state())
+            write_checkpoint(checkpoint, progress, owned, optimizer.state(), writes=ranks.rank == 0)
         if stopping:
             ranks.wait()  # until it is written
             raise Interrupted(
                 f"Training {name!r} was stopped after step {progress.step} of {steps}; its state is saved."
             )
     if progress.best_step and progress.best_step != progress.step:
-        copy_into(owned, load_file(best), str(best))
+        copy_into(locals_of(owned), read_parts(best, owned.get)[1], str(best))
     return progress
+
+
+def check_ranks(settings: TrainingSettings, size: int) -> None:
+    """Raise UserError for settings with which so many processes cannot train."""
+    if size > settings.batch_size:
+        raise UserError(
+            f"training.batch_size is {settings.batch_size} for {size} processes: each needs at least a row of every step. "
+            f"Set it to {size} or more, or start fewer processes."
+        )
 
 
 def _gradients(
@@ -204,12 +212,17 @@ def accumulate(
     """
     count = sum(len(row.labels) for row in rows)
     total, tokens = 0.0, 0
-    for group in micro_batches(ranks.split(rows)[ranks.rank], budget, padded=not base.packs):
+    groups = [micro_batches(part, budget, padded=not base.packs) for part in ranks.split(rows)]
+    most = max(groups, key=len)
+    own = [(group, 1.0) for group in groups[ranks.rank]]
+    if base.sharded:  # every rank has to run the blocks as often as the others: for nothing, where it has no more rows
+        own += [(most[0], 0.0)] * (len(most) - len(own))
+    for group, counts in own:
         batch = collate(group, base.decoder_start if base.encoder_decoder else None).to(base.device)
-        loss = loss_sum(base, batch, label_smoothing)
-        (loss / count).backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-        tokens += batch.tokens
+        loss = inside(base, lambda batch=batch: loss_sum(base, batch, label_smoothing))  # type: ignore[misc]
+        (loss * counts / count).backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach()) * counts
+        tokens += batch.tokens if counts else 0
     return total / count, tokens
 
 
@@ -227,12 +240,6 @@ def _validate(
     progress.without_gain += 1
     if progress.best is None or found.of(watch) > progress.best:
         progress.best, progress.best_step, progress.without_gain = found.of(watch), progress.step, 0
-        if ranks.rank == 0:
-            _save(best, parameters(base, name))
+        write_tensors(best, parameters(base, name), writes=ranks.rank == 0)
     scores = {f"validation_{metric}": value for metric, value in found.scores.items()}
     tell({"step": progress.step, "validation_loss": found.loss, "validation_accuracy": found.accuracy, **scores})
-
-
-def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    with whole_file(path) as partial:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial)

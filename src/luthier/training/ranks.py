@@ -18,7 +18,7 @@ from torch import Tensor
 from luthier.encoding.encoder import Encoded
 from luthier.errors import UserError
 from luthier.launched import Launched
-from luthier.training.settings import TrainingSettings
+from luthier.models.shard import local
 
 # Numbers added up in one collective: an fp32 copy of so many gradients exists at a time.
 BUCKET = 16_000_000
@@ -32,6 +32,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None):
         self.rank, self.size = rank, size
+        self.sharded = False  # then all run the same rows where nothing is learnt: blocks are gathered for all at once
         self.device = device or torch.device("cpu")
 
     @classmethod
@@ -102,7 +103,8 @@ class Ranks:
 
     def add_gradients(self, parameters: Mapping[str, Tensor]) -> None:
         """Give every rank the sum of all ranks' gradients; a parameter that none has a gradient of keeps none."""
-        if self.size == 1:
+        parameters = {key: one for key, one in parameters.items() if local(one) is one}  # the others are summed already
+        if self.size == 1 or not parameters:
             return
         import torch.distributed as dist
 
@@ -119,7 +121,7 @@ class Ranks:
 
     def gathered(self, function: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:
         """`function` of all items, a result for each, in their order: every rank works on its share and gets the whole."""
-        if self.size == 1:
+        if self.size == 1 or self.sharded:
             return list(function(items))
         import torch.distributed as dist
 
@@ -133,19 +135,12 @@ class Ranks:
 
     def agree(self, what: str, value: object) -> None:
         """Raise UserError, on every rank, where `value` is not the same on all."""
+        if self.size == 1:
+            return
         values = self.gathered(lambda own: [value for _ in own], range(self.size))
         others = [rank for rank, one in enumerate(values) if one != values[0]]
         if others:
             raise UserError(f"Rank {others[0]} has another {what} than rank 0: {values[others[0]]}, not {values[0]}.")
-
-
-def check_ranks(settings: TrainingSettings, size: int) -> None:
-    """Raise UserError for settings with which so many processes cannot train."""
-    if size > settings.batch_size:
-        raise UserError(
-            f"training.batch_size is {settings.batch_size} for {size} processes: each needs at least a row of every step. "
-            f"Set it to {size} or more, or start fewer processes."
-        )
 
 
 def _add_up(parameters: Sequence[Tensor]) -> None:
