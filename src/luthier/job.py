@@ -12,17 +12,17 @@ from luthier.data.task import Task
 from luthier.directory import RunDirectory
 from luthier.errors import Interrupted, UserError
 from luthier.evaluation.human import human_score
-from luthier.files import write_json, write_whole
 from luthier.launched import LOOK, WORD, Failure, Launched, launched
 from luthier.metrics import METRICS, metric
 from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
+from luthier.models.shard import check_shard
 from luthier.recipe import BASELINE, Recipe
 from luthier.report.build import build_report
-from luthier.report.page import page
+from luthier.report.files import write_report
 from luthier.report.schema import Report
 from luthier.training.loop import check_ranks
-from luthier.tuning import FewShot, Method, attach, detach
+from luthier.tuning import FewShot, Interpolation, Method, attach, detach
 
 
 def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool = True) -> Report:
@@ -51,7 +51,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool 
             check_ranks(tuning.training, process.size)
     findings = audit(recipe, [examples for _, examples in loaded])
     stop_on_errors(findings)
-    _rehearse(recipe)
+    _rehearse(recipe, divides=bool(process))
     directory = RunDirectory.create(Path(out), recipe, resume)
     directory.save_audit(findings)
     stages = ([BASELINE] if recipe.retention else []) + list(recipe.tunings)
@@ -82,15 +82,25 @@ def _follow(process: Launched) -> Report:
     return Report.model_validate_json((directory.path / "report.json").read_text(encoding="utf-8"))
 
 
-def _rehearse(recipe: Recipe) -> None:
-    """Attach every tuning to the base's skeleton: a pattern that matches nothing is found before hours of work."""
+def _rehearse(recipe: Recipe, divides: bool) -> None:
+    """Attach every tuning to the base's skeleton: a pattern that matches nothing is found before hours of work.
+
+    `divides`: whether there are processes over which the base is divided where `training.shard` asks for it.
+    """
     base = BaseModel.skeleton(recipe.base)
+    if divides and any(
+        one.shard for one in (recipe.training, *(tuning.training for tuning in recipe.tunings.values()))
+    ):
+        check_shard(base)
     for name in recipe.tunings:
         method = recipe.method(name)
         if isinstance(method, FewShot) and method.selection == "similar":
             needs_similar()
-        if isinstance(method, Method):
-            attach(base, name, method, recipe.seed)
+        source = recipe.method(method.of) if isinstance(method, Interpolation) else method
+        if isinstance(source, Method):
+            attach(base, name, source, recipe.seed)
+            if isinstance(method, Interpolation):
+                source.toward_base(base, name, method.share)
             detach(base, name)
 
 
@@ -200,11 +210,10 @@ def _report(directory: RunDirectory, recipe: Recipe) -> Report:
         directory.audit(),
         directory.result(BASELINE) or {"scores": {}},
         results,
-        {name: directory.predictions(name) for name in recipe.tunings},
+        {name: directory.answers(name) for name in (BASELINE, *recipe.tunings)},
         {task.name: _human(recipe, task) for task in recipe.tasks},
     )
-    write_json(directory.path / "report.json", report.model_dump(mode="json"))
-    write_whole(directory.path / "report.html", page(report).encode())
+    write_report(directory.path, report)
     directory.forget_checkpoints()
     return report
 

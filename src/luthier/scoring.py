@@ -9,12 +9,13 @@ import torch
 
 from luthier.data.mixture import Mixture
 from luthier.data.task import Example, Examples, Task
-from luthier.directory import RunDirectory
+from luthier.directory import Answers, RunDirectory
 from luthier.encoding.batches import encode_all
 from luthier.encoding.encoder import Encoded, Encoder
 from luthier.errors import Interrupted, UserError
 from luthier.evaluation.kept import keep, keep_mean
-from luthier.evaluation.score import Prediction, answer, loss_and_accuracy, losses, measure
+from luthier.evaluation.score import Prediction, answer, loss_and_accuracy, losses, measure, prompt_ids
+from luthier.evaluation.speed import inference_cost
 from luthier.metrics import MODEL_METRICS
 from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
@@ -78,12 +79,29 @@ def _answer(
     new_tokens: int,
     reserve: int,
     tell: Callable[[int, int], None] = lambda done, of: None,
+    answers: Answers | None = None,
 ) -> list[Prediction]:
-    def share(own: Sequence[Example]) -> list[Prediction]:
-        with torch.no_grad():
-            return inside(stage.base, lambda: answer(stage.base, stage.encoder, own, new_tokens, reserve, tell))
-
-    return stage.ranks.gathered(share, examples)
+    """Answers of all ranks together; with `answers` they are kept as they come."""
+    ranks = stage.ranks
+    # Before any rank writes: of a divided base all must know, and skip, the same.
+    known = ranks.first(answers.known() if answers and ranks.rank == 0 else {})
+    keeps = answers is not None and (ranks.rank == 0 or not ranks.sharded)
+    with torch.no_grad():
+        return inside(
+            stage.base,
+            lambda: answer(
+                stage.base,
+                stage.encoder,
+                examples,
+                new_tokens,
+                reserve,
+                tell,
+                stage.recipe.decoding,
+                known,
+                answers.keep if answers and keeps else lambda found: None,
+                ranks.gathered,
+            ),
+        )
 
 
 def score_tasks(stage: Stage, name: str, reserve: int) -> dict[str, Any]:
@@ -93,6 +111,19 @@ def score_tasks(stage: Stage, name: str, reserve: int) -> dict[str, Any]:
         judged = [(task.name, task.judged_by[-1]) for task in stage.recipe.tasks]
         scores[stage.recipe.task.name] = keep_mean(scores, judged)
     return scores
+
+
+def request_cost(stage: Stage, name: str | None, reserve: int) -> dict[str, Any] | None:
+    """What one request of the recipe's (first) task costs with the active tuning `name`, as `inference_cost` measures it.
+
+    None where the base is divided over processes: nobody answers a request so.
+    """
+    if stage.base.sharded:
+        return None
+    task, examples = stage.tasks[0]
+    stage.progress.say("timing a request")
+    prompts = [prompt_ids(stage.encoder, one, reserve + task.max_new_tokens) for one in examples.test]
+    return inference_cost(stage.base, prompts, name)
 
 
 def score_retention(stage: Stage, name: str, reserve: int) -> dict[str, Any]:
@@ -105,7 +136,11 @@ def score_retention(stage: Stage, name: str, reserve: int) -> dict[str, Any]:
 
 
 def _score(stage: Stage, name: str, task: Task, examples: Sequence[Example], reserve: int) -> dict[str, Any]:
-    """Answer a task's test examples; write the predictions; return the report's entries and values."""
+    """Answer a task's test examples; write the predictions as they come; return the report's entries and values.
+
+    A stage that was stopped here goes on behind the answers it has; they are those of the same weights, because what is
+    trained is saved before anything is scored.
+    """
     if not examples:
         raise UserError(f"The test split of task {task.name!r} has no rows.")
 
@@ -124,7 +159,8 @@ def _score(stage: Stage, name: str, task: Task, examples: Sequence[Example], res
         with torch.no_grad():  # every rank scores all rows: the losses come as a whole
             scores |= inside(stage.base, lambda: losses(stage.base, rows, own))
     if named:
-        predictions = _answer(stage, examples, task.max_new_tokens, reserve, tell)
+        answers = stage.directory.answers_so_far(name, task.name, stage.ranks.rank)
+        predictions = _answer(stage, examples, task.max_new_tokens, reserve, tell, answers)
         scores |= measure(predictions, named)
         lines = [
             {

@@ -10,8 +10,9 @@ from luthier.data.templates import AnyTemplate, resolve_templates
 from luthier.directory import RunDirectory
 from luthier.errors import UserError, nearest
 from luthier.models.base import BaseModel
+from luthier.models.decoding import Decoding
 from luthier.models.generate import generate
-from luthier.tuning import FewShot, Method
+from luthier.tuning import FewShot, Interpolation, Method
 from luthier.tuning.files import load_tuning
 
 
@@ -32,8 +33,9 @@ class Session:
         task: str | None = None,
         raw: bool = False,
         max_new_tokens: int | None = None,
+        decoding: Decoding | None = None,
     ) -> list[str]:
-        """Answer texts with a tuning of the run (None: the bare base), greedily.
+        """Answer texts with a tuning of the run (None: the bare base), decoded as the recipe says or as given.
 
         A mapping fills the task's template by name, a text where it has a single variable; with `raw` a
         text is the prompt itself. `task` names one of a mixture, whose template is then used. Raises UserError for an unknown tuning and for a prompt longer than the context.
@@ -52,39 +54,44 @@ class Session:
                     "lower --max-new-tokens or raise max_length in the recipe."
                 )
             prompts.append(prompt)
-        return [self.encoder.decode(ids) for ids in generate(self.base, prompts, new_tokens, self.encoder.stops)]
+        chosen = decoding or self.recipe.decoding
+        written = generate(self.base, prompts, new_tokens, self.encoder.stops, decoding=chosen)
+        return [self.encoder.decode(ids) for ids in written]
 
     def _use(self, tuning: str | None) -> int:
         if tuning is None:
             self.base.use(None)
             return 0
-        if tuning not in self.recipe.tunings:
+        own = tuning.partition("@")[0]  # NAME@STEP is a snapshot of NAME
+        if own not in self.recipe.tunings:
             raise UserError(
                 f"The run {self.directory.path} holds no tuning {tuning!r}. {nearest(tuning, self.recipe.tunings)}"
             )
-        method = self.recipe.tunings[tuning].method
+        method = self.recipe.tunings[own].method
         if isinstance(method, FewShot):
             raise UserError(
                 f"{tuning!r} shows training examples in its prompt and saved nothing. Use a trained tuning, or put "
                 "the examples into the text with --raw."
             )
-        if not isinstance(method, Method):
+        if not isinstance(method, (Method, Interpolation)):
             self.base.use(None)
             return 0
         if tuning not in self.base.methods:
             load_tuning(self.base, self.directory.tuning(tuning), tuning)
         self.base.use(tuning)
-        return method.virtual_tokens()
+        tokens: int = self.base.methods[tuning].virtual_tokens()
+        return tokens
 
     def trained(self, tuning: str) -> Method:
         """Put a trained tuning of the run in use and return its method; raises UserError for one that trains nothing."""
         self._use(tuning)
-        method = self.recipe.tunings[tuning].method
-        if not isinstance(method, Method):
-            names = [name for name, one in self.recipe.tunings.items() if isinstance(one.method, Method)]
+        if tuning not in self.base.methods:
+            kinds = (Method, Interpolation)
+            names = [name for name, one in self.recipe.tunings.items() if isinstance(one.method, kinds)]
             raise UserError(
                 f"{tuning!r} is the base as it is: nothing was trained. Trained tunings: {', '.join(names) or 'none'}."
             )
+        method: Method = self.base.methods[tuning]
         return method
 
     def _task(self, name: str | None, raw: bool) -> Task:

@@ -8,18 +8,20 @@ import os
 import socket
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tests import tiny
 from tests.training.test_loop import METHODS, rows_for
 
+from luthier.directory import RunDirectory
 from luthier.encoding.order import Mixed, Shuffled
 from luthier.errors import Interrupted, UserError
 from luthier.launched import Launched
 from luthier.models.shard import shard
 from luthier.scoring import loss_of
+from luthier.stage import run_stage
 from luthier.training.checkpoint import write_tensors
 from luthier.training.loop import Validation, train
 from luthier.training.ranks import ALONE, Ranks
@@ -40,12 +42,16 @@ class Together:
     settings: dict | None = None
     mixture: bool = False
     shard: bool = False
+    stages: list[str] = field(default_factory=list)  # of the run in the folder, instead of a training alone
 
 
 def child(asked: Together, rank: int, port: int) -> None:
     folder = Path(asked.folder)
     variables = {"RANK": str(rank), "WORLD_SIZE": str(asked.size), "MASTER_PORT": str(port)}
     process = Launched(variables) if asked.size > 1 else None
+    if asked.stages:
+        run_stages(asked, rank, process)
+        return
     ranks = Ranks.join(process, "t", torch.device("cpu")) if process else ALONE
     base = tiny.make(asked.family)
     attach(base, "t", METHODS[asked.method], seed=1)
@@ -75,6 +81,30 @@ def child(asked: Together, rank: int, port: int) -> None:
             (folder / "history.json").write_text(json.dumps(history))
     except (Interrupted, UserError) as error:
         said = f"{type(error).__name__}: {error}"
+    (folder / f"said.{rank}").write_text(said)
+    if process:
+        process.part()
+
+
+def run_stages(asked: Together, rank: int, process: Launched | None) -> None:
+    """One process after another would do so; here they are one, without the seconds of importing."""
+    folder = Path(asked.folder)
+    directory = RunDirectory.open(folder, writes=rank == 0)
+    seen = [0]
+
+    def stopping() -> bool:
+        seen[0] += 1
+        return rank == 0 and seen[0] == asked.stop_at
+
+    said = ""
+    for stage in asked.stages:
+        try:
+            run_stage(directory, stage, stopping, process)
+        except (Interrupted, UserError) as error:
+            said = f"{type(error).__name__}: {error}"
+            break
+        if process:
+            torch.distributed.destroy_process_group()
     (folder / f"said.{rank}").write_text(said)
     if process:
         process.part()

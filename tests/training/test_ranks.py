@@ -16,7 +16,9 @@ from tests import tiny
 from tests.training.rank_server import Together
 from tests.training.test_loop import rows_for
 
+from luthier.directory import RunDirectory
 from luthier.errors import UserError
+from luthier.recipe import BASELINE, make_recipe
 from luthier.training.loop import check_ranks
 from luthier.training.ranks import Ranks
 from luthier.training.settings import TrainingSettings
@@ -103,6 +105,58 @@ def test_so_do_other_methods_on_three_processes_and_a_mixture(
     # Three processes: parts of weights of four and of two rows are of unequal size, or empty.
     assert ask(Together(str(tmp_path), method, size=3, mixture=True, shard=shard)) == ["", "", ""]
     same_to(tmp_path, alone(method=method, mixture=True), 1e-5)
+
+
+STAGES = [BASELINE, "lora", "half", "full"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of a run that trains and scores: answers that are drawn, choices, losses; no time is measured in it."""
+    folder = tmp_path_factory.mktemp("recipe")
+    base = tiny.make("llama")
+    base.model.save_pretrained(folder / "base")
+    base.tokenizer.save_pretrained(folder / "base")
+    rows = [{"text": f"one asks about room {n}", "who": "one two"} for n in range(45)]
+    for name, some in (("rows", rows), ("kept", rows[:8])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    kept = {"name": "kept", "template": "{{ text }} ||| {{ who }}", "test": "kept.jsonl", "choices": ["one two", "two"]}
+    return {
+        "base": {"model": str(folder / "base"), "dtype": "float32"},
+        "data": str(folder),
+        "task": {
+            "name": "who", "template": "Who: {{ text }} ||| {{ who }}", "train": "rows.jsonl",
+            "validation": 3, "test": 33, "max_new_tokens": 2, "metrics": ["rougeL", "loss"],
+        },
+        "retention": [kept],
+        "decoding": {"temperature": 1.0},
+        "training": {"max_steps": 3, "batch_size": 4},
+        "tunings": {
+            "lora": {"rank": 2}, "half": {"method": "interpolate", "of": "lora", "share": 0.5}, "full": {},
+        },
+    }  # fmt: skip
+
+
+def test_a_run_on_two_processes_scores_what_one_scores(recipe: dict[str, Any], ask: Ask, tmp_path: Path) -> None:
+    found = {}
+    for how, size in (("one", 1), ("rows", 2), ("shard", 2)):
+        made = make_recipe(recipe | {"training": recipe["training"] | {"shard": how == "shard"}})
+        directory = RunDirectory.create(tmp_path / how, made, resume=False)
+        assert ask(Together(str(directory.path), size=size, stages=STAGES)) == [""] * size
+        found[how] = {stage: (directory.result(stage), directory.answers(stage)) for stage in STAGES}
+    for stage, (result, answers) in found["one"].items():
+        for how in ("rows", "shard"):
+            other, others = found[how][stage]
+            assert others == answers, f"{how}, {stage}: the same draws for the same rows"
+            for task, scores in result["scores"].items():
+                theirs = other["scores"][task]["metrics"]
+                for metric, one in scores["metrics"].items():
+                    assert theirs[metric]["value"] == pytest.approx(one["value"], rel=1e-5), (how, stage, task, metric)
+            assert other["trainable_parameters"] == result["trainable_parameters"] if stage != BASELINE else True
+            assert other["base"] == result["base"]
+    for stage in STAGES[1:]:
+        saved = [load_file(tmp_path / how / "tunings" / stage / "adapter_model.safetensors") for how in found]
+        assert all(one.keys() == saved[0].keys() for one in saved)
 
 
 def test_dropout_draws_anew_on_each_rank_and_a_resumed_run_draws_the_same(ask: Ask, tmp_path: Path) -> None:

@@ -22,20 +22,24 @@ from luthier.models.base import BaseModel
 Result = TypeVar("Result")
 
 
+def check_shard(base: BaseModel) -> None:
+    """Raise UserError for a base that cannot be divided; a skeleton will do."""
+    if base.quantized:
+        raise UserError("training.shard: 4-bit weights cannot be divided. Take base.quantize out, or shard: false.")
+    if not _blocks(base):
+        raise UserError(f"training.shard: the blocks of {type(base.model).__name__} are not known. Set it to false.")
+
+
 def shard(base: BaseModel, name: str | None, device: torch.device) -> None:
     """Divide the base with the tuning `name` in it over the ranks of the process group, each part on `device`.
 
-    Raises UserError for 4-bit weights, for blocks that are not known, and for a tuning that trains two precisions.
+    Raises UserError as `check_shard` does, and for a tuning that trains two precisions.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    if base.quantized:
-        raise UserError("training.shard: 4-bit weights cannot be divided. Take base.quantize out, or shard: false.")
+    check_shard(base)
     model = base.model
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not blocks:
-        raise UserError(f"training.shard: the blocks of {type(model).__name__} are not known. Set it to false.")
     base.use(name)
     dtypes = {one.dtype for one in model.parameters() if one.requires_grad}
     if len(dtypes) > 1:
@@ -49,7 +53,7 @@ def shard(base: BaseModel, name: str | None, device: torch.device) -> None:
     for prefix in base.grafts.prefixes.values():
         prefix.to(device)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for module in [*blocks, model]:
+    for module in [*_blocks(base), model]:
         one: Any = fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
         # The loss is a sum over the ranks, divided by the whole batch's targets already.
         one.set_gradient_divide_factor(1.0)
@@ -113,3 +117,7 @@ def read_parts(path: Path, like: Callable[[str], Tensor | None]) -> tuple[dict[s
 def locals_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This rank's part of each."""
     return {key: local(tensor) for key, tensor in tensors.items()}
+
+
+def _blocks(base: BaseModel) -> list[torch.nn.Module]:
+    return [module for module in base.model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -1,10 +1,12 @@
 """The comparison as a terminal table, at 80 columns and wider."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from luthier.metrics import reading
 from luthier.report.figures import figure, unscaled
+from luthier.report.parts import parts
 from luthier.report.schema import Report, Retention, Score, TuningReport
 
 _SHORT = {
@@ -13,13 +15,28 @@ _SHORT = {
     "macro_f1": "macro F1", "token_f1": "F1", "exact_match": "EM", "squad_exact_match": "EM", "matthews": "MCC",
 }  # fmt: skip
 
+_TASKS_BESIDE = 4  # columns of a table of 80 characters
+
 
 def print_report(report: Report, console: Console) -> None:
     """Print the answer, the scores, the costs and what was forgotten."""
-    console.print(f"\n[bold]{report.answer}[/bold]\n")
-    console.print(_scores(report))
-    if len(report.tasks) > 1:
-        console.print(_tasks(report))
+    console.print(f"\n[bold]{escape(report.answer)}[/bold]\n")
+    for one in report.mismatches:
+        if not one.comparable:
+            told = "; ".join(f"{name}: {value}" for name, value in one.values.items())
+            console.print(f"[bold]not compared[/bold]: {escape(one.what)} differs ({escape(told)})")
+    if informing := [one.what for one in report.mismatches if one.comparable]:
+        shown = ", ".join(informing[:8]) + (" ..." if len(informing) > 8 else "")
+        console.print(
+            f"The runs differ in {len(informing)} thing{'s' if len(informing) > 1 else ''}: {escape(shown)}\n"
+        )
+    for name, part in parts(report):
+        if name:
+            console.print(f"\n[bold]{escape(name)}[/bold]")
+        console.print(_scores(part))
+        if len(report.tasks) > 1:
+            for table in _tasks(part):
+                console.print(table)
     console.print(_costs(report))
     if report.retention:
         console.print(_forgetting(report))
@@ -50,21 +67,35 @@ def _cell(score: Score, metric: str, with_interval: bool) -> str:
     return f"{text} \\[{figure(score.low, metric)}, {figure(score.high, metric)}]" if with_interval else text
 
 
-def _tasks(report: Report) -> Table:
-    table = Table(title="each task: test score x100 (intervals in the page); * trained on it", title_justify="left")
-    table.add_column("task")
-    for name in (*report.tunings, *(["(human)"] if report.human else [])):
-        table.add_column(name, justify="right")
+def _tasks(report: Report) -> list[Table]:
+    """Tasks by tunings; where there are many tunings the other way round, a few tasks a table."""
+    found = [["task", *report.tunings, *(["(human)"] if report.human else [])]]
     for task in report.tasks:
-        cells = []
+        metric = list(next(iter(report.tunings.values())).scores[task])[-1]
+        cells = [f"{task} ({short(metric)})"]
         for tuning in report.tunings.values():
             mark = "*" if task in {row.task for row in tuning.mixture} else ""
             cells.append(f"{main_score(tuning, task).value * 100:.1f}{mark}")
-        metric = list(next(iter(report.tunings.values())).scores[task])[-1]
         if report.human:
             human = report.human.get(task, {}).get(metric)
             cells.append(figure(human.value, metric) if human else "-")
-        table.add_row(f"{task} ({short(metric)})", *cells)
+        found.append(cells)
+    if len(report.tunings) <= 5:
+        return [_task_table(found)]
+    names, *tasks = found
+    tables = []
+    for start in range(0, len(tasks), _TASKS_BESIDE):
+        columns = [["tuning", *names[1:]], *tasks[start : start + _TASKS_BESIDE]]
+        tables.append(_task_table([list(row) for row in zip(*columns, strict=True)]))
+    return tables
+
+
+def _task_table(rows: list[list[str]]) -> Table:
+    table = Table(title="each task: test score x100; * trained on it", title_justify="left")
+    for place, head in enumerate(rows[0]):
+        table.add_column(head, justify="right" if place else "left", no_wrap=not place, max_width=None if place else 26)
+    for row in rows[1:]:
+        table.add_row(*row)
     return table
 
 
@@ -97,10 +128,11 @@ def _forgetting(report: Report) -> Table:
     for task in tasks:
         table.add_column(task, justify="right")
     before = {one.task: one for one in report.retention}
-    table.add_row("(base)", *(_amount(before[task], before[task].before.value) for task in tasks))
+    if len({(one.task, one.before.value) for one in report.retention}) == len(tasks):  # of several runs on one base too
+        table.add_row("(base)", *(_amount(before[task], before[task].before.value) for task in tasks))
     for name in dict.fromkeys(one.tuning for one in report.retention):
         rows = {one.task: one for one in report.retention if one.tuning == name}
-        table.add_row(name, *(_change(rows[task]) for task in tasks))
+        table.add_row(name, *(_change(rows[task]) if task in rows else "-" for task in tasks))
     return table
 
 

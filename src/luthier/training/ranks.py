@@ -133,11 +133,24 @@ class Ranks:
             results[rank :: self.size] = part
         return results
 
+    def first(self, value: Result) -> Result:
+        """What rank 0 gives, on every rank."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
     def agree(self, what: str, value: object) -> None:
         """Raise UserError, on every rank, where `value` is not the same on all."""
         if self.size == 1:
             return
-        values = self.gathered(lambda own: [value for _ in own], range(self.size))
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
         others = [rank for rank, one in enumerate(values) if one != values[0]]
         if others:
             raise UserError(f"Rank {others[0]} has another {what} than rank 0: {values[others[0]]}, not {values[0]}.")

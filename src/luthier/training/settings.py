@@ -20,6 +20,7 @@ class TrainingSettings:
     block again instead of keeping its inside; `halve_out_of_memory` halves `micro_batch_tokens` where a step does not fit. `frozen_cache` keeps on disk what the blocks below a
     tuning (or an untouched encoder) make of the training rows, and trains from there.
     `shard` divides weights, gradients and optimizer over the processes that were started, instead of the rows alone.
+    `snapshots` keeps the weights at that many even places before the end and scores each: the forgetting at one score.
     A checkpoint is written every `checkpoint_every` steps and when a signal asks to stop. `trackers` are
     accelerate's (wandb, mlflow ...), beside the logs that are always written.
     """
@@ -48,6 +49,7 @@ class TrainingSettings:
     halve_out_of_memory: bool = False
     frozen_cache: bool = False
     shard: bool = False
+    snapshots: int = 0
     checkpoint_every: int = 200
     trackers: list[str] = field(default_factory=list)
 
@@ -58,6 +60,8 @@ class TrainingSettings:
         for key in ("max_steps", "validate_every", "early_stopping"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        if self.snapshots < 0:
+            raise ValueError(f"snapshots is {self.snapshots}; it must not be negative")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, at least 0 and below 1")
         if self.learning_rate is not None and self.learning_rate <= 0:
@@ -77,6 +81,8 @@ class TrainingSettings:
                 raise ValueError(f"{key} runs on whole weights, each process for itself, so it does not go with shard")
         if self.shard and self.optimizer != "adamw":
             raise ValueError(f"{self.optimizer} needs whole matrices; with shard use adamw")
+        if self.shard and self.snapshots:
+            raise ValueError("snapshots are scored on whole weights, which shard divides: choose one")
         if self.neftune and self.frozen_cache:
             raise ValueError("neftune puts new noise on every row, so frozen_cache has nothing to keep: choose one")
 

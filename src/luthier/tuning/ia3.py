@@ -23,7 +23,7 @@ from luthier.models.grafted import Delta
 from luthier.models.parts import layout
 from luthier.tuning import peft
 from luthier.tuning.low_rank import features
-from luthier.tuning.method import Defaults, Law, Laws
+from luthier.tuning.method import Defaults, Law, Laws, Method
 from luthier.tuning.targets import LINEAR, match_modules
 
 
@@ -66,7 +66,7 @@ class ScaledInput(Delta):
 
 
 @dataclass(frozen=True)
-class IA3:
+class IA3(Method):
     """Train one factor for each channel of keys, values and the MLP's inner activations.
 
     `targets` names the modules whose outputs are scaled, `inner` those whose inputs are; `auto` is the keys and values,
@@ -106,13 +106,11 @@ class IA3:
         outsides = match_modules(base, outer, LINEAR) if outer else {}
         return {path: module for path, module in outsides.items() if path not in insides}, insides
 
-    def virtual_tokens(self) -> int:
-        """None."""
-        return 0
-
-    def saved(self) -> "IA3":
-        """Itself."""
-        return self
+    def toward_base(self, base: BaseModel, name: str, share: float) -> None:
+        """1 + share (l - 1): each weight it is folded into moves by that share."""
+        with torch.no_grad():
+            for factors in base.grafts.owned(name).values():
+                factors.copy_(torch.lerp(torch.ones_like(factors), factors, share))
 
     def peft_config(self, base: BaseModel, name: str) -> dict[str, Any]:
         """A PEFT IA3Config."""

@@ -25,11 +25,11 @@ from luthier.models.base import BaseModel
 from luthier.models.grafted import Delta
 from luthier.models.parts import embeddings
 from luthier.tuning import peft
-from luthier.tuning.copies import all_places, copies_of_modules, paths_of_modules
+from luthier.tuning.copies import all_places, copies_of_modules, interpolate_copies, paths_of_modules
 from luthier.tuning.dora import DoRA, DoRAEmbedding
 from luthier.tuning.lora_embedding import LowRankEmbedding
 from luthier.tuning.low_rank import LowRank, features
-from luthier.tuning.method import Defaults, Law, Laws
+from luthier.tuning.method import Defaults, Law, Laws, Method
 from luthier.tuning.targets import LINEAR, match_modules
 
 # PEFT's ways to start that leave the base's weights as they are; others (pissa, loftq ...) change them.
@@ -37,7 +37,7 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(Method):
     """Train a product of two thin matrices beside each target.
 
     `targets` is `all-linear` (every linear but the output head), `attention`, `embeddings`, a shell pattern, a
@@ -69,6 +69,11 @@ class LoRA:
         for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if rank < 1:
                 raise ValueError(f"{where} is {rank}; it must be at least 1")
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
@@ -109,13 +114,19 @@ class LoRA:
             raise UserError("Every target is among modules_to_save, so LoRA has nothing to stand beside.")
         return left
 
-    def virtual_tokens(self) -> int:
-        """None."""
-        return 0
-
-    def saved(self) -> "LoRA":
-        """Itself."""
-        return self
+    def toward_base(self, base: BaseModel, name: str, share: float) -> None:
+        """Multiply B, and interpolate what is trained whole. DoRA's magnitudes leave no such line to the base."""
+        if self.dora:
+            raise UserError(
+                "DoRA rescales rows of W + BA, so no share of its change is a DoRA. Interpolate a plain lora."
+            )
+        with torch.no_grad():
+            for _, delta in base.grafts.deltas(name).values():
+                if isinstance(delta, LowRank):
+                    delta.lora_B.weight.mul_(share)
+                elif isinstance(delta, LowRankEmbedding):
+                    delta.lora_embedding_B.mul_(share)
+        interpolate_copies(base, name, share)
 
     def peft_config(self, base: BaseModel, name: str) -> dict[str, Any]:
         """A PEFT LoraConfig."""

@@ -20,8 +20,8 @@ from luthier.errors import UserError, nearest
 from luthier.models.base import BaseModel
 from luthier.models.parts import block_of, embeddings, head, norms
 from luthier.tuning import peft
-from luthier.tuning.copies import all_places, copies_of
-from luthier.tuning.method import Defaults, Law, Laws
+from luthier.tuning.copies import all_places, copies_of, interpolate_copies
+from luthier.tuning.method import Defaults, Law, Laws, Method
 from luthier.tuning.targets import matches
 
 _LAYER = ".ln_tuning_layers"  # PEFT writes it behind a norm's path
@@ -31,7 +31,7 @@ _SMALL, _LARGE = Defaults(learning_rate=2e-3), Defaults(learning_rate=3e-4)
 
 
 @dataclass(frozen=True)
-class Selective:
+class Selective(Method):
     """Train some of the model's own parameters.
 
     `targets` is `layernorm`, `bias` (BitFit), `embeddings`, `head`, `last-2-blocks` (of each stack), a shell pattern or
@@ -68,13 +68,9 @@ class Selective:
         chosen = {place for word in self._words() for place in _chosen(base, word)}
         base.grafts.substitute(name, *copies_of(base, chosen, self.untie))
 
-    def virtual_tokens(self) -> int:
-        """None."""
-        return 0
-
-    def saved(self) -> "Selective":
-        """Itself."""
-        return self
+    def toward_base(self, base: BaseModel, name: str, share: float) -> None:
+        """Interpolate the copies."""
+        interpolate_copies(base, name, share)
 
     def peft_config(self, base: BaseModel, name: str) -> dict[str, Any] | None:
         """A PEFT LNTuningConfig where whole norms and nothing else are trained."""
