@@ -7,11 +7,10 @@ from luthier.data.task import Examples, Task
 from luthier.data.templates import resolve_templates
 from luthier.errors import UserError
 from luthier.evaluation.kept import entry
-from luthier.evaluation.score import answer, losses, measure
-from luthier.metrics import MODEL_METRICS, reading
+from luthier.metrics import reading
 from luthier.metrics.score import Score
 from luthier.recipe import Recipe
-from luthier.scoring import Stage, encode
+from luthier.scoring import Stage, judge
 from luthier.tuning import BestTemplate
 
 
@@ -67,9 +66,4 @@ def _score(stage: Stage, task: Task, shown: Examples, limit: int) -> Score:
         raise UserError(f"best_template chooses on validation, and the task {task.name!r} has no validation rows.")
     metric = task.judged_by[-1]
     stage.progress.begin(f"trying a template of {task.name}", len(rows))
-    if metric in MODEL_METRICS:
-        return losses(stage.base, encode(stage, rows, 0, "validation"), [metric])[metric]
-    answers = answer(
-        stage.base, stage.encoder, rows, task.max_new_tokens, 0, stage.progress.advance, stage.recipe.decoding
-    )
-    return measure(answers, [metric])[metric]
+    return judge(stage, task, rows, [metric], 0, stage.progress.advance)[0][metric]

@@ -62,19 +62,23 @@ class BaseModel:
         model.set_attn_implementation(attention.NAME if self.packs else "eager")
         self.grafts = Grafts(model)
         self.grafts.use(None)
+        self.sharded = False  # divided over processes: see shard.py
         self.embedding_noise = 0.0  # NEFTune's alpha, while a tuning is trained
         self.methods: dict[str, Any] = {}  # tuning name -> the method that attached it
 
     @classmethod
-    def load(cls, spec: BaseSpec) -> "BaseModel":
-        """Read a base model; raises UserError where there is none by that name."""
+    def load(cls, spec: BaseSpec, at: torch.device | None = None) -> "BaseModel":
+        """Read a base model, onto `at` where its own device is not yet to hold it whole.
+
+        Raises UserError where there is none by that name.
+        """
         keep_freed_memory()
         device = resolve_device(spec.device)
         dtype = resolve_dtype(spec.dtype, device)
         model, tokenizer = read_model(spec, dtype)
         if dtype == torch.float16 and model.config.model_type == "t5":
             raise UserError("T5 overflows in float16: use dtype bfloat16 or float32.")
-        base = cls(model, tokenizer, spec, device)
+        base = cls(model, tokenizer, spec, at or device)
         give_back_freed_memory()  # what reading and packing took
         return base
 
@@ -132,6 +136,10 @@ class BaseModel:
     def fingerprint(self) -> str:
         """16 hex digits of the architecture and of samples of every weight, the same in any precision and in 4 bits."""
         return self._fingerprint or _fingerprint(self.model, self.grafts.originals)
+
+    def keep_fingerprint(self) -> None:
+        """Remember the fingerprint: it can be taken of whole weights only."""
+        self._fingerprint = self.fingerprint()
 
     def use(self, name: str | None, merged: bool = False) -> None:
         """Let the tuning `name` (None: the bare base) answer from here on.
