@@ -45,15 +45,17 @@ def validation_examples(stage: Stage, names: Sequence[str] | None = None) -> lis
     return [one for task, examples in stage.tasks if not names or task.name in names for one in examples.validation]
 
 
-def validate(stage: Stage, rows: list[Encoded], reserve: int, watch: str = "loss") -> Validation:
+def validate(
+    stage: Stage, rows: list[Encoded], reserve: int, watch: str = "loss", names: Sequence[str] | None = None
+) -> Validation:
     """Loss on the validation targets, accuracy (of the answers where there are choices, else of the next token), and
-    the metric that training watches.
+    the metric that training watches, over the tasks of these names.
     """
     loss, accuracy = loss_of(stage.base, rows, stage.ranks)
     scores: dict[str, float] = {}
     if watch not in ("loss", "accuracy"):
-        longest = max(task.max_new_tokens for task, _ in stage.tasks)
-        found = measure(_answer(stage, validation_examples(stage), longest, reserve), [watch])
+        longest = max(task.max_new_tokens for task, _ in stage.tasks if not names or task.name in names)
+        found = measure(_answer(stage, validation_examples(stage, names), longest, reserve), [watch])
         scores[watch] = found[watch].value
     if isinstance(stage.recipe.task, Task) and stage.recipe.task.choices:
         answers = _answer(stage, validation_examples(stage), 1, reserve)
