@@ -23,7 +23,7 @@ from luthier.errors import Interrupted, UserError
 from luthier.launched import WORD, Failure, Launched, launched
 from luthier.models.base import BaseModel
 from luthier.models.load import resolve_device
-from luthier.models.memory import peak_bytes, resident_bytes
+from luthier.models.memory import before_work, peak_bytes
 from luthier.models.shard import shard
 from luthier.progress import Progress
 from luthier.prompt_search import best_templates
@@ -61,8 +61,8 @@ def run_stage(
 
     `process` is this one of several that run the stage together.
     """
-    after_import = resident_bytes()
     recipe = directory.recipe()
+    after_import = before_work(resolve_device(recipe.base.device))
     tasks = [(task, recipe.examples(task)) for task in recipe.tasks]
     ranks = Ranks.join(process, name, resolve_device(recipe.base.device)) if process else ALONE
     with Progress(name, silent=ranks.rank > 0) as progress:

@@ -78,6 +78,8 @@ class BaseModel:
         """
         keep_freed_memory()
         device = resolve_device(spec.device)
+        if device.type == "cuda" and device.index is not None:  # generators and memory are then that one's
+            torch.cuda.set_device(device)
         dtype = resolve_dtype(spec.dtype, device)
         model, tokenizer = read_model(spec, dtype)
         if dtype == torch.float16 and model.config.model_type in T5_FAMILIES:
