@@ -162,6 +162,7 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
     validation = encode(stage, validation_examples(stage, recipe.tunings[name].tasks), reserve, "validation")
     trained = directory.result(f"{name}.trained")
     if trained is None:
+        base.lends = ranks.sharded  # each rank copies its part
         attach(base, name, method, recipe.seed)
         if ranks.sharded:
             shard(base, name, ranks.device)

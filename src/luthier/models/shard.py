@@ -58,11 +58,11 @@ def shard(base: BaseModel, name: str | None, device: torch.device) -> None:
         # The loss is a sum over the ranks, divided by the whole batch's targets already.
         one.set_gradient_divide_factor(1.0)
         one.set_force_sum_reduction_for_comms(True)
+        base.grafts.adopt()  # lets go of this block's whole weights, before the device has to hold the next one's
     # T5's blocks give their bias by distance as a view, which nobody writes into.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model.run_inside = lambda function: function()
     register_fsdp_forward_method(model, "run_inside")
-    base.grafts.adopt()
     base.sharded = True
 
 
