@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from luthier.files import whole_file
-from luthier.models.shard import read_parts, whole
+from luthier.models.shard import read_parts, whole_on_cpu
 
 
 @dataclass
@@ -48,11 +48,7 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None, writes: bool = True
 ) -> None:
     """Write tensors as a whole safetensors file, divided ones gathered: all ranks call this, and one `writes`."""
-    flat = {}
-    for key, tensor in tensors.items():
-        gathered = whole(tensor.detach())
-        if writes:
-            flat[key] = gathered.cpu().contiguous()
+    flat = whole_on_cpu(tensors, writes)
     if writes:
         with whole_file(path) as partial:
             save_file(flat, partial, metadata=metadata)
