@@ -161,10 +161,13 @@ def test_a_run_on_two_processes_scores_what_one_scores(recipe: dict[str, Any], a
         assert all(one.keys() == saved[0].keys() for one in saved)
 
 
-def test_dropout_draws_anew_on_each_rank_and_a_resumed_run_draws_the_same(ask: Ask, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", [False, True], ids=["rows", "shard"])
+def test_dropout_draws_anew_on_each_rank_and_a_resumed_run_draws_the_same(
+    shard: bool, ask: Ask, tmp_path: Path
+) -> None:
     for name, stops in (("whole", [0]), ("resumed", [3, 7, 0])):
         for stop in stops:
-            ask(Together(str(tmp_path / name), "dropout", size=2, stop_at=stop))
+            ask(Together(str(tmp_path / name), "dropout", size=2, stop_at=stop, shard=shard))
     assert learnt(tmp_path / "whole")[0] == learnt(tmp_path / "resumed")[0]
     (_, ours), (_, theirs) = learnt(tmp_path / "whole"), learnt(tmp_path / "resumed")
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
