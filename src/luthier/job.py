@@ -17,12 +17,13 @@ from luthier.metrics import METRICS, metric
 from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
 from luthier.models.shard import check_shard
+from luthier.prompt_search import candidates
 from luthier.recipe import BASELINE, Recipe
 from luthier.report.build import build_report
 from luthier.report.files import write_report
 from luthier.report.schema import Report
 from luthier.training.loop import check_ranks
-from luthier.tuning import FewShot, Interpolation, Method, attach, detach
+from luthier.tuning import BestTemplate, FewShot, Interpolation, Method, attach, detach
 
 
 def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool = True) -> Report:
@@ -96,6 +97,9 @@ def _rehearse(recipe: Recipe, divides: bool) -> None:
         method = recipe.method(name)
         if isinstance(method, FewShot) and method.selection == "similar":
             needs_similar()
+        if isinstance(method, BestTemplate):
+            for task in recipe.tasks:
+                candidates(recipe, task, method)
         source = recipe.method(method.of) if isinstance(method, Interpolation) else method
         if isinstance(source, Method):
             attach(base, name, source, recipe.seed)

@@ -151,17 +151,9 @@ def _score(stage: Stage, name: str, task: Task, examples: Sequence[Example], res
 
     started = time.perf_counter()
     stage.progress.begin(f"scoring {task.name}", len(examples))
-    scores: dict[str, Score] = {}
-    own = [metric for metric in task.judged_by if metric in MODEL_METRICS]
-    named = [metric for metric in task.judged_by if metric not in MODEL_METRICS]
-    if own:
-        rows = encode(stage, examples, reserve, task.name)
-        with torch.no_grad():  # every rank scores all rows: the losses come as a whole
-            scores |= inside(stage.base, lambda: losses(stage.base, rows, own))
-    if named:
-        answers = stage.directory.answers_so_far(name, task.name, stage.ranks.rank)
-        predictions = _answer(stage, examples, task.max_new_tokens, reserve, tell, answers)
-        scores |= measure(predictions, named)
+    answers = stage.directory.answers_so_far(name, task.name, stage.ranks.rank)
+    scores, predictions = judge(stage, task, examples, task.judged_by, reserve, tell, answers)
+    if predictions:
         lines = [
             {
                 "id": found.id,
@@ -174,8 +166,31 @@ def _score(stage: Stage, name: str, task: Task, examples: Sequence[Example], res
             for found in predictions
         ]
         stage.directory.save_predictions(name, task.name, lines)
-    in_order = {metric: scores[metric] for metric in task.judged_by}  # the last is the main one
-    return {**keep(in_order), "seconds": time.perf_counter() - started}
+    return {**keep(scores), "seconds": time.perf_counter() - started}
+
+
+def judge(
+    stage: Stage,
+    task: Task,
+    examples: Sequence[Example],
+    metrics: Sequence[str],
+    reserve: int,
+    tell: Callable[[int, int], None],
+    answers: Answers | None = None,
+) -> tuple[dict[str, Score], list[Prediction]]:
+    """Scores of the active tuning on examples, in the order of `metrics`, and its answers where those need some."""
+    scores: dict[str, Score] = {}
+    predictions: list[Prediction] = []
+    own = [metric for metric in metrics if metric in MODEL_METRICS]
+    named = [metric for metric in metrics if metric not in MODEL_METRICS]
+    if own:
+        rows = encode(stage, examples, reserve, task.name)
+        with torch.no_grad():  # every rank scores all rows: the losses come as a whole
+            scores |= inside(stage.base, lambda: losses(stage.base, rows, own))
+    if named:
+        predictions = _answer(stage, examples, task.max_new_tokens, reserve, tell, answers)
+        scores |= measure(predictions, named)
+    return {metric: scores[metric] for metric in metrics}, predictions
 
 
 def encode(stage: Stage, examples: Sequence[Example], reserve: int, what: str) -> list[Encoded]:

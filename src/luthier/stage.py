@@ -26,6 +26,7 @@ from luthier.models.load import resolve_device
 from luthier.models.memory import peak_bytes, resident_bytes
 from luthier.models.shard import shard
 from luthier.progress import Progress
+from luthier.prompt_search import best_templates
 from luthier.recipe import BASELINE, Recipe
 from luthier.scoring import (
     Stage,
@@ -43,7 +44,7 @@ from luthier.training.loop import Hook, train
 from luthier.training.ranks import ALONE, Ranks
 from luthier.training.settings import TrainingSettings
 from luthier.training_rows import training_rows
-from luthier.tuning import FewShot, Interpolation, Method, Prompting, attach, parameters
+from luthier.tuning import BestTemplate, FewShot, Interpolation, Method, Prompting, attach, parameters
 from luthier.tuning.files import load_tuning, pack
 
 EXIT_INTERRUPTED, EXIT_PEER = 3, 4
@@ -104,6 +105,10 @@ def _settings(recipe: Recipe, name: str) -> TrainingSettings:
 def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
     """Score the base as it is; its retention is the baseline's, for nothing was changed."""
     asked = method.shot_count()
+    tried: dict[str, Any] = {}
+    if isinstance(method, BestTemplate):
+        chosen, tried = best_templates(stage, method)
+        stage = replace(stage, tasks=chosen)
     if asked:  # training's limit on rows is no limit on what the model can read
         stage = replace(stage, encoder=stage.encoder.widened(stage.base.context))
     similar = isinstance(method, FewShot) and method.selection == "similar"
@@ -131,6 +136,7 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
         "shots": {"asked": asked, "least": min(kept), "mean": sum(kept) / len(kept)},
         "scores": scores,
         "inference": request_cost(stage, None, 0),
+        "templates": tried,
         "history": [],
         "cut": 0,
     }

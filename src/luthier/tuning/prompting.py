@@ -1,6 +1,6 @@
-"""Zero-shot and few-shot prompting (Brown et al. 2020): the base as it is, nothing trained."""
+"""Zero-shot and few-shot prompting (Brown et al. 2020) and the choice of a prompt: the base as it is, nothing trained."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 
@@ -42,3 +42,26 @@ class FewShot:
     def shot_count(self) -> int:
         """As many examples as asked for; fewer where they do not fit the context."""
         return self.shots
+
+
+@dataclass(frozen=True)
+class BestTemplate:
+    """Ask the base with the template that is best on validation.
+
+    Each of the task's templates, or of `templates`, answers the first `rows` validation rows (0: all); the one with the best
+    main metric answers the test.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    method: Literal["best_template"] = "best_template"
+    templates: list[str] = field(default_factory=list)
+    rows: int = 50
+
+    def __post_init__(self) -> None:
+        if self.rows < 0:
+            raise ValueError(f"rows is {self.rows}; it must be at least 1, or 0 for all validation rows")
+
+    def shot_count(self) -> int:
+        """No example is shown."""
+        return 0
