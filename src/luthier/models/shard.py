@@ -79,6 +79,11 @@ def inside(base: BaseModel, function: Callable[[], Result]) -> Result:
     return found
 
 
+def is_divided(tensor: Tensor) -> bool:
+    """Whether ranks hold parts of it."""
+    return isinstance(tensor, DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a divided tensor, sharing its memory; any other tensor itself."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
