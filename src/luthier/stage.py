@@ -176,6 +176,7 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
     validation = encode(stage, validation_examples(stage, own), reserve, "validation")
     trained = directory.result(f"{name}.trained")
     if trained is None:
+        base.lends = ranks.sharded  # each rank copies its part
         attach(base, name, method, recipe.seed)
         if ranks.sharded:
             shard(base, name, ranks.device)
@@ -213,7 +214,7 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
         trained = {
             "method": method.method,
             "trainable_parameters": sum(parameter.numel() for parameter in parameters(base, name).values()),
-            "file_bytes": directory.save_tuning(name, pack(base, name)),
+            "file_bytes": directory.save_tuning(name, pack(base, name, directory.writes)),
             "train_seconds": done.seconds,
             "train_tokens": done.tokens,
             "steps": done.step,
@@ -257,7 +258,7 @@ def _interpolation(stage: Stage, name: str, method: Interpolation) -> dict[str, 
     return {
         **trained,
         "method": method.method,
-        "file_bytes": directory.save_tuning(name, pack(base, name)),
+        "file_bytes": directory.save_tuning(name, pack(base, name, directory.writes)),
         "peak_memory_bytes": peak_bytes(),
         "validation_loss": kept.loss if kept else None,
         "validation_accuracy": kept.accuracy if kept else None,

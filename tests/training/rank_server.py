@@ -42,6 +42,7 @@ class Together:
     settings: dict | None = None
     mixture: bool = False
     shard: bool = False
+    dtype: str = "float32"
     stages: list[str] = field(default_factory=list)  # of the run in the folder, instead of a training alone
 
 
@@ -53,7 +54,7 @@ def child(asked: Together, rank: int, port: int) -> None:
         run_stages(asked, rank, process)
         return
     ranks = Ranks.join(process, "t", torch.device("cpu")) if process else ALONE
-    base = tiny.make(asked.family)
+    base = tiny.make(asked.family, getattr(torch, asked.dtype))
     attach(base, "t", METHODS[asked.method], seed=1)
     if asked.shard and asked.size > 1:
         shard(base, "t", ranks.device)

@@ -312,6 +312,10 @@ def test_trackers_are_told_every_number(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ({"layer_decay": 0.0}, "layer_decay is 0.0"),
         ({"rates": {"x": -1.0}}, "the factor -1.0 of 'x'"),
         ({"lora_plus": 0.0}, "lora_plus is 0.0"),
+        ({"shard": True, "frozen_cache": True}, "frozen_cache runs on whole weights"),
+        ({"shard": True, "halve_out_of_memory": True}, "halve_out_of_memory is decided by each process"),
+        ({"shard": True, "optimizer": "adafactor"}, "adafactor needs whole matrices; with shard use adamw"),
+        ({"shard": True, "snapshots": 2}, "snapshots are scored on whole weights"),
     ],
 )
 def test_wrong_values_are_refused(given: dict, message: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tests import tiny
 from tests.training.rank_server import Together
@@ -103,7 +104,9 @@ def test_so_do_other_methods_on_three_processes_and_a_mixture(
     method: str, shard: bool, ask: Ask, alone: Callable[..., Path], tmp_path: Path
 ) -> None:
     # Three processes: parts of weights of four and of two rows are of unequal size, or empty.
-    assert ask(Together(str(tmp_path), method, size=3, mixture=True, shard=shard)) == ["", "", ""]
+    settings = {"gradient_checkpointing": shard}  # which runs, and so gathers, every block twice
+    asked = Together(str(tmp_path), method, size=3, mixture=True, shard=shard, settings=settings)
+    assert ask(asked) == ["", "", ""]
     same_to(tmp_path, alone(method=method, mixture=True), 1e-5)
 
 
@@ -159,15 +162,30 @@ def test_a_run_on_two_processes_scores_what_one_scores(recipe: dict[str, Any], a
         assert all(one.keys() == saved[0].keys() for one in saved)
 
 
-def test_dropout_draws_anew_on_each_rank_and_a_resumed_run_draws_the_same(ask: Ask, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "shard", "dtype"),
+    [("dropout", False, "float32"), ("dropout", True, "float32"), ("full", True, "bfloat16")],
+)
+def test_a_resumed_run_ends_in_the_same_bits_dropout_and_masters_too(
+    method: str, shard: bool, dtype: str, ask: Ask, tmp_path: Path
+) -> None:
     for name, stops in (("whole", [0]), ("resumed", [3, 7, 0])):
         for stop in stops:
-            ask(Together(str(tmp_path / name), "dropout", size=2, stop_at=stop))
+            ask(Together(str(tmp_path / name), method, size=2, stop_at=stop, shard=shard, dtype=dtype))
     assert learnt(tmp_path / "whole")[0] == learnt(tmp_path / "resumed")[0]
     (_, ours), (_, theirs) = learnt(tmp_path / "whole"), learnt(tmp_path / "resumed")
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    seeds = {Ranks(rank, 2).seed(3, step) for rank in range(2) for step in range(100)}
-    assert len(seeds) == 200
+    # Gathered tensor by tensor or not, it is a file as safetensors writes it.
+    with safe_open(tmp_path / "resumed" / "checkpoint.safetensors", framework="pt") as file:
+        shapes = {key: file.get_tensor(key).shape for key in file.keys()}  # noqa: SIM118 (no dict)
+    assert all(
+        shapes[f"weight.{key}"] == shapes[f"optimizer.exp_avg/{key}"] == one.shape for key, one in theirs.items()
+    )
+    assert any("master" in key for key in shapes) == (dtype == "bfloat16")
+
+
+def test_dropout_draws_anew_on_each_rank_in_each_step() -> None:
+    assert len({Ranks(rank, 2).seed(3, step) for rank in range(2) for step in range(100)}) == 200
 
 
 def test_a_batch_is_divided_whole_and_evenly() -> None:

@@ -67,6 +67,7 @@ class BaseModel:
         self.grafts = Grafts(model)
         self.grafts.use(None)
         self.sharded = False  # divided over processes: see shard.py
+        self.lends = False  # a tuning's copies may be the weights themselves: they are divided before any changes
         self.embedding_noise = 0.0  # NEFTune's alpha, while a tuning is trained
         self.methods: dict[str, Any] = {}  # tuning name -> the method that attached it
 

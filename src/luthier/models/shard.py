@@ -58,11 +58,11 @@ def shard(base: BaseModel, name: str | None, device: torch.device) -> None:
         # The loss is a sum over the ranks, divided by the whole batch's targets already.
         one.set_gradient_divide_factor(1.0)
         one.set_force_sum_reduction_for_comms(True)
+        base.grafts.adopt()  # lets go of this block's whole weights, before the device has to hold the next one's
     # T5's blocks give their bias by distance as a view, which nobody writes into.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model.run_inside = lambda function: function()
     register_fsdp_forward_method(model, "run_inside")
-    base.grafts.adopt()
     base.sharded = True
 
 
@@ -79,6 +79,11 @@ def inside(base: BaseModel, function: Callable[[], Result]) -> Result:
     return found
 
 
+def is_divided(tensor: Tensor) -> bool:
+    """Whether ranks hold parts of it."""
+    return isinstance(tensor, DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a divided tensor, sharing its memory; any other tensor itself."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
@@ -87,6 +92,16 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """A divided tensor gathered, on every rank at once; any other tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_on_cpu(tensors: Mapping[str, Tensor], keeps: bool) -> dict[str, Tensor]:
+    """Tensors as files hold them. Divided ones are gathered, one after another: all ranks call this, and one `keeps` them."""
+    found = {}
+    for key, tensor in tensors.items():
+        gathered = whole(tensor.detach())
+        if keeps:
+            found[key] = gathered.cpu().contiguous()
+    return found
 
 
 def divided_like(part: Tensor, like: Tensor) -> Tensor:

@@ -76,9 +76,13 @@ class TrainingSettings:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
         if self.neftune < 0:
             raise ValueError(f"neftune is {self.neftune}; it must be at least 0")
-        for key in ("frozen_cache", "halve_out_of_memory"):
-            if self.shard and getattr(self, key):
-                raise ValueError(f"{key} runs on whole weights, each process for itself, so it does not go with shard")
+        if self.shard and self.frozen_cache:
+            raise ValueError("frozen_cache runs on whole weights, which shard divides: choose one")
+        if self.shard and self.halve_out_of_memory:
+            raise ValueError(
+                "halve_out_of_memory is decided by each process alone, and with shard all run the same blocks at once: "
+                "choose one"
+            )
         if self.shard and self.optimizer != "adamw":
             raise ValueError(f"{self.optimizer} needs whole matrices; with shard use adamw")
         if self.shard and self.snapshots:

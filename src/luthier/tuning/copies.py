@@ -35,7 +35,7 @@ def copies_of(base: BaseModel, places: Collection[str], untie: bool) -> Copies:
                 f"its own copy of {original.numel():,} numbers."
             )
         name = key if len(chosen) == len(slots) else chosen[0]
-        copies[name] = Parameter(original.detach().clone())
+        copies[name] = Parameter(original.detach() if base.lends else original.detach().clone())
         where[name] = chosen
     return copies, where
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 
 from luthier.errors import UserError
 from luthier.models.base import BaseModel
-from luthier.models.shard import whole
+from luthier.models.shard import whole_on_cpu
 from luthier.tuning import METHODS
 from luthier.tuning.method import Method, attach, detach, parameters
 from luthier.tuning.peft import check_types, task_type
@@ -42,10 +42,15 @@ class _Card:
 _CARD = TypeAdapter(_Card)
 
 
-def pack(base: BaseModel, name: str) -> dict[str, bytes]:
-    """The files of an attached tuning, by name, as bytes."""
+def pack(base: BaseModel, name: str, writes: bool = True) -> dict[str, bytes]:
+    """The files of an attached tuning, by name, as bytes.
+
+    Of a base that is divided over ranks all call this, and one `writes` what it gets; the others get nothing.
+    """
     method: Method = base.methods[name]
-    tensors = {key: whole(tensor.detach()).cpu().contiguous() for key, tensor in method.to_file(base, name).items()}
+    tensors = whole_on_cpu(method.to_file(base, name), writes)
+    if not writes:
+        return {}
     card = {
         "luthier": 1,
         "settings": asdict(method.saved()),  # type: ignore[call-overload]
