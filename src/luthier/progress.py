@@ -77,6 +77,11 @@ class Progress:
                 )
             )
             return
+        if "loss_scale" in event:
+            self.say(
+                f"step {event['step']}: float16 overflowed; the loss is scaled by {event['loss_scale']:g} from here on"
+            )
+            return
         if "tokens" not in event:
             self.say(
                 f"step {event['step']}: out of memory; micro-batches hold {event['micro_batch_tokens']} tokens from here on"

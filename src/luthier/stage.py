@@ -8,8 +8,8 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from luthier.scoring import (
 from luthier.snapshots import keep_snapshots, score_snapshots, snapshot_steps
 from luthier.training.frozen_rows import frozen_rows
 from luthier.training.log import log_hooks, tracker_hooks
-from luthier.training.loop import Hook, train
+from luthier.training.loop import Hook, out_of_memory, train
 from luthier.training.ranks import ALONE, Ranks
 from luthier.training.settings import TrainingSettings
 from luthier.training_rows import training_rows
@@ -289,7 +289,8 @@ def main(path: str, name: str) -> int:
     process = launched(hosts=False)
     directory = RunDirectory.open(Path(path), writes=not (process and process.rank))
     try:
-        run_stage(directory, name, lambda: bool(asked), process)
+        with explained_memory(name):
+            run_stage(directory, name, lambda: bool(asked), process)
     except (UserError, Interrupted) as error:
         code = 2 if isinstance(error, UserError) else EXIT_INTERRUPTED
         if process:
@@ -303,6 +304,21 @@ def main(path: str, name: str) -> int:
             return EXIT_PEER
         raise
     return 0
+
+
+@contextmanager
+def explained_memory(name: str) -> Iterator[None]:
+    """Raise a UserError where memory runs out outside the training steps, which say it themselves."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"Memory ran out in {name!r}, outside a training step ({str(error).splitlines()[0]}). Quantize the base, lower "
+            "`max_length`, take `optimizer: adafactor` or a method with fewer parameters; `luthier plan` says what each needs. "
+            "What was saved is kept: continue with --resume."
+        ) from None
 
 
 def _stop_with_parent() -> None:

@@ -29,6 +29,8 @@ class Progress:
     best_step: int = 0
     without_gain: int = 0
     micro_batch_tokens: int = 0  # the budget in force, where memory asked for a smaller one
+    loss_scale: float = 1.0  # of float16: see loss_scale.py
+    good_steps: int = 0  # since it was halved last
     history: list[dict[str, Any]] = field(default_factory=list)
     stream: dict[str, Any] = field(default_factory=dict)  # where the training rows go on
 

@@ -21,6 +21,7 @@ from luthier.models.loss import loss_sum
 from luthier.models.recompute import recomputed
 from luthier.models.shard import inside, locals_of, read_parts
 from luthier.training.checkpoint import Progress, read_checkpoint, write_checkpoint, write_tensors
+from luthier.training.loss_scale import first_scale, grown
 from luthier.training.optimizer import Optimizer
 from luthier.training.ranks import ALONE, Ranks
 from luthier.training.rates import rate_factors
@@ -83,7 +84,7 @@ def train(
             remove_partial(path)
 
     torch.manual_seed(seed)
-    progress = Progress(micro_batch_tokens=settings.micro_batch_tokens)
+    progress = Progress(micro_batch_tokens=settings.micro_batch_tokens, loss_scale=first_scale(base.dtype))
     if checkpoint.is_file():
         progress, weights, state = read_checkpoint(checkpoint, owned)
         copy_into(locals_of(owned), weights, str(checkpoint))
@@ -104,7 +105,13 @@ def train(
             torch.manual_seed(ranks.seed(seed, step))
         loss, tokens = _gradients(base, name, batch, settings, progress, tell, ranks)
         rate = settings.rate(step, steps, peak)
-        norm = optimizer.step(rate, settings.clip)
+        norm = optimizer.step(rate, settings.clip, progress.loss_scale)
+        if progress.loss_scale > 1 and not math.isfinite(norm):
+            progress.loss_scale, progress.good_steps = progress.loss_scale / 2, 0
+            tell({"step": step + 1, "loss_scale": progress.loss_scale})
+            continue
+        progress.good_steps += 1
+        progress.loss_scale = grown(progress.loss_scale, progress.good_steps)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
                 f"Training {name!r} broke at step {step + 1} of {steps}: the loss is {loss} and the gradient norm "
@@ -158,13 +165,15 @@ def _gradients(
     """Gradients of one optimizer batch, of all ranks: the mean loss and the tokens run. Halves the budget where asked and
     needed.
     """
-    start = torch.get_rng_state()
+    start = torch.get_rng_state(), torch.cuda.get_rng_state() if base.device.type == "cuda" else None
     base.embedding_noise = settings.neftune
     try:
         with recomputed(base.model) if settings.gradient_checkpointing else nullcontext():
             while True:
                 try:
-                    found = accumulate(base, rows, progress.micro_batch_tokens, settings.label_smoothing, ranks)
+                    found = accumulate(
+                        base, rows, progress.micro_batch_tokens, settings.label_smoothing, ranks, progress.loss_scale
+                    )
                     break
                 except (torch.OutOfMemoryError, RuntimeError) as error:
                     if not out_of_memory(error):
@@ -176,11 +185,14 @@ def _gradients(
                 tell({"step": progress.step + 1, "micro_batch_tokens": smaller})
                 for parameter in parameters(base, name).values():
                     parameter.grad = None
-                torch.set_rng_state(start)
-                if base.device.type == "cuda":
+                torch.set_rng_state(start[0])
+                if start[1] is not None:
+                    torch.cuda.set_rng_state(start[1])
                     torch.cuda.empty_cache()
     finally:
         base.embedding_noise = 0.0
+    if settings.halve_out_of_memory:  # a checkpoint is rank 0's: all go on with what fits the smallest
+        progress.micro_batch_tokens = ranks.least(progress.micro_batch_tokens)
     ranks.add_gradients(parameters(base, name))
     loss, tokens = ranks.add(*found)
     return loss, tokens
@@ -204,11 +216,16 @@ def _advice(name: str, rows: list[Encoded], budget: int, settings: TrainingSetti
 
 
 def accumulate(
-    base: BaseModel, rows: list[Encoded], budget: int, label_smoothing: float = 0.0, ranks: Ranks = ALONE
+    base: BaseModel,
+    rows: list[Encoded],
+    budget: int,
+    label_smoothing: float = 0.0,
+    ranks: Ranks = ALONE,
+    loss_scale: float = 1.0,
 ) -> tuple[float, int]:
     """Gradients of the mean loss over all targets of the batch, one micro-batch of this rank's rows after another.
 
-    Returns this rank's part of the mean loss, and its tokens.
+    They are multiplied by `loss_scale`. Returns this rank's part of the mean loss, and its tokens.
     """
     count = sum(len(row.labels) for row in rows)
     total, tokens = 0.0, 0
@@ -220,7 +237,7 @@ def accumulate(
     for group, counts in own:
         batch = collate(group, base.decoder_start if base.encoder_decoder else None).to(base.device)
         loss = inside(base, lambda batch=batch: loss_sum(base, batch, label_smoothing))  # type: ignore[misc]
-        (loss * counts / count).backward()  # type: ignore[no-untyped-call]
+        (loss * (counts * loss_scale / count)).backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach()) * counts
         tokens += batch.tokens if counts else 0
     return total / count, tokens

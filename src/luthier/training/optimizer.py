@@ -5,6 +5,7 @@ A 16-bit parameter keeps an fp32 master here: an update of lr x 1 is far below b
 a weight and would be lost. fp32 parameters are their own masters.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -77,10 +78,17 @@ class Optimizer:
         self.buckets = [(keys, OPTIMIZERS[kind](self._groups(keys))) for keys in self._bucket_keys()]
         self._of = {key: made for keys, made in self.buckets for key in keys}
 
-    def step(self, rate: float, clip: float) -> float:
-        """Clip by the global norm, update, clear the gradients; return the norm before clipping."""
-        norm = self._norm()
-        scale = min(1.0, clip / (norm + 1e-6))
+    def step(self, rate: float, clip: float, loss_scale: float = 1.0) -> float:
+        """Clip by the global norm, update, clear the gradients; return the norm before clipping.
+
+        Gradients are those of `loss_scale` x loss; where that is above 1 and they overflowed, nothing is updated.
+        """
+        norm = self._norm() / loss_scale
+        if loss_scale > 1 and not math.isfinite(norm):
+            for parameter in self.parameters.values():
+                parameter.grad = None
+            return norm
+        scale = min(1.0, clip / (norm + 1e-6)) / loss_scale
         for keys, made in self.buckets:
             self._step_bucket(keys, made, rate, scale)
         return norm

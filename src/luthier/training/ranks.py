@@ -133,6 +133,16 @@ class Ranks:
             results[rank :: self.size] = part
         return results
 
+    def least(self, number: int) -> int:
+        """The smallest of all ranks' numbers."""
+        if self.size == 1:
+            return number
+        import torch.distributed as dist
+
+        found = torch.tensor(number, device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        return int(found)
+
     def first(self, value: Result) -> Result:
         """What rank 0 gives, on every rank."""
         if self.size == 1:
