@@ -15,6 +15,8 @@ import yaml
 
 import luthier.evaluation.score
 import luthier.files
+import luthier.stage
+from luthier import repeated
 from luthier.cli import app
 from luthier.errors import UserError
 from luthier.job import run
@@ -571,6 +573,45 @@ def test_the_best_template_is_the_one_of_the_best_validation_score(content: dict
     content["task"]["template_choice"] = 4
     with pytest.raises(UserError, match="has 1 template, and template_choice is 4"):
         run(make_recipe(content), tmp_path / "other", isolate=False)
+
+
+def test_seeds_are_runs_of_their_own_put_together(
+    content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["training"]["learning_rate"] = 0.05
+    content["tunings"] = {"zero_shot": {}, "lora": {"rank": 2}}
+    seeds = make_recipe({**content, "seeds": [3, 4]})
+    scored: list[str] = []
+    own = luthier.stage.run_stage
+    monkeypatch.setattr(luthier.stage, "run_stage", lambda directory, name: scored.append(name) or own(directory, name))
+    report = repeated.run(seeds, tmp_path / "run", isolate=False)
+    assert scored == ["base", "zero_shot", "lora", "lora"], "what trains nothing is scored once"
+    lora = report.tunings["lora"]
+    assert lora.seeds == [3, 4] and "mean of seeds 3, 4" in (tmp_path / "run" / "report.html").read_text()
+    alone = [
+        run(make_recipe({**content, "training_seed": seed}), tmp_path / str(seed), isolate=False) for seed in (3, 4)
+    ]
+    losses = [one.tunings["lora"].validation_loss for one in alone]
+    assert losses[0] != losses[1] and lora.validation_loss == pytest.approx(sum(losses) / 2, rel=1e-12)
+    one, other = (found.tunings["zero_shot"] for found in (report, alone[0]))
+    assert one.validation_loss == other.validation_loss and one.scores["who"]["rouge1"].spread == 0.0
+    weights = lambda folder: (tmp_path / folder / "tunings" / "lora" / "adapter_model.safetensors").read_bytes()  # noqa: E731
+    assert weights("run/seed-3") == weights("3") != weights("run/seed-4") == weights("4")
+    with pytest.raises(UserError, match="already exists. Continue it with --resume"):
+        repeated.run(seeds, tmp_path / "run", isolate=False)
+    before = list(scored)
+    assert (
+        repeated.run(seeds, tmp_path / "run", isolate=False, resume=True).answer == report.answer and scored == before
+    )
+    with pytest.raises(UserError, match="holds something else than runs of these seeds"):
+        repeated.run(seeds, tmp_path, isolate=False, resume=True)
+    for changes, message in (
+        ({"seeds": [1, 1]}, "different numbers"),
+        ({"seeds": [1]}, "two or more"),
+        ({"seeds": [1, 2], "training_seed": 1}, "leave training_seed out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_recipe({**content, **changes})
 
 
 def test_full_shows_as_many_examples_as_fit(content: dict, tmp_path: Path) -> None:

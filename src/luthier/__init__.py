@@ -7,10 +7,10 @@ from luthier.errors import Interrupted, UserError
 if TYPE_CHECKING:
     from luthier.audit_rows import audit
     from luthier.inspect_tuning import inspect
-    from luthier.job import run
     from luthier.merge_tuning import merge
     from luthier.preview_rows import preview
     from luthier.recipe import Recipe, load_recipe, make_recipe
+    from luthier.repeated import run
     from luthier.report.schema import Report
     from luthier.session import Session
 
@@ -40,7 +40,7 @@ _HOMES = {
     "make_recipe": "luthier.recipe",
     "merge": "luthier.merge_tuning",
     "preview": "luthier.preview_rows",
-    "run": "luthier.job",
+    "run": "luthier.repeated",
 }
 
 

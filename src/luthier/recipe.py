@@ -79,6 +79,8 @@ class Recipe(BaseModel):
     max_length: int = Field(1024, ge=16, description="Longest row in tokens; longer prompts lose their middle.")
     allow: list[str] = Field([], description="Kinds of audit errors to go on with, as warnings.")
     seed: int = Field(0, ge=0, description="Seed of splits, shots, order and new weights.")
+    seeds: list[int] = Field([], description="Training seeds: a run for each, put together in one report.")
+    training_seed: int | None = Field(None, ge=0, description="Seed of order and new weights alone; default: `seed`.")
     _encoder: Encoder | None = PrivateAttr(None)
     data: str = Field(".", description="Folder in which relative data files resolve; default: the recipe's own.")
 
@@ -102,6 +104,11 @@ class Recipe(BaseModel):
         fixed = [choice for task in chosen for choice in task.fixed_choices]
         return tuning.method.with_labels(list(dict.fromkeys(fixed)))
 
+    @property
+    def trained_with(self) -> int:
+        """The seed of the order of rows, of new weights and of what training draws."""
+        return self.seed if self.training_seed is None else self.training_seed
+
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         self._check_names()
@@ -113,6 +120,10 @@ class Recipe(BaseModel):
             if tuning.replay is not None:
                 self._check_replay(name, tuning.replay)
         self._check_interpolations()
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=0) < 0 or len(self.seeds) == 1:
+            raise ValueError(f"seeds holds different numbers of at least 0, two or more of them; given: {self.seeds}")
+        if self.seeds and self.training_seed is not None:
+            raise ValueError("seeds are training seeds: leave training_seed out")
         streamed = [task.name for task in self.tasks if task.train and task.train.stream]
         for name, tuning in self.tunings.items():
             trains = hasattr(tuning.method, "defaults") and set(tuning.tasks or streamed) & set(streamed)

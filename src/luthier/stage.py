@@ -177,7 +177,7 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
     trained = directory.result(f"{name}.trained")
     if trained is None:
         base.lends = ranks.sharded  # each rank copies its part
-        attach(base, name, method, recipe.seed)
+        attach(base, name, method, recipe.trained_with)
         if ranks.sharded:
             shard(base, name, ranks.device)
         settings = recipe.tunings[name].training
@@ -201,7 +201,7 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
                 name,
                 rows,
                 settings,
-                recipe.seed,
+                recipe.trained_with,
                 directory.checkpoints(name),
                 validate=(lambda: validate(stage, validation, reserve, settings.watch, own)) if validation else None,
                 hooks=hooks,

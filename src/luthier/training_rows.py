@@ -50,7 +50,10 @@ def training_rows(
             flow = streamed(own.stream)
             return flow, lambda batch, steps: {"cut": 0, "left_out": flow.left_out, "mixture": []}
         rows = encode(_stored(own), "training")
-        return Shuffled(enrich(rows), seed), lambda batch, steps: {"cut": len(rows.cut_rows), "mixture": []}
+        return Shuffled(enrich(rows), recipe.trained_with), lambda batch, steps: {
+            "cut": len(rows.cut_rows),
+            "mixture": [],
+        }
     chosen = mixture.only(tuning.tasks) if tuning.tasks and isinstance(mixture, Mixture) else mixture
     size = None
     if tuning.replay:
@@ -78,7 +81,7 @@ def training_rows(
         )
         each.append(encode(shown, f"training ({entry.task.name}, {entry.form})"))
     enriched = [enrich(rows) if isinstance(rows, StoredRows) else rows for rows in each]
-    stream = Mixed(enriched, [entry.rate for entry in flat], size or epoch_size(chosen, count), seed)
+    stream = Mixed(enriched, [entry.rate for entry in flat], size or epoch_size(chosen, count), recipe.trained_with)
 
     def describe(batch: int, steps: int) -> dict[str, Any]:
         drawn = step_places(stream, batch, steps - 1).stop if steps else 0

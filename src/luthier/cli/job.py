@@ -19,11 +19,11 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped or killed.")] = False,
 ) -> None:
     """Is prompting enough, and if not, which tuning? Train, score and compare; writes report.html."""
-    from luthier.job import run as run_recipe
+    from luthier.repeated import run as run_recipe
     from luthier.report.table import print_report
 
     target = out or Path("runs") / recipe.stem
-    report = run_recipe(read_recipe(recipe, set_), target, resume=resume)
+    report = run_recipe(read_recipe(recipe, set_), target, resume=resume, say=console.print)
     if (process := launched()) and process.rank:
         return
     print_report(report, console)

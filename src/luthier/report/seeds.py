@@ -27,7 +27,7 @@ class Repeats:
 
     def seeds(self) -> list[int]:
         """The training seeds, in the runs' order."""
-        return [run.report.recipe["seed"] for run in self.runs]
+        return [_seed(run) for run in self.runs]
 
     def sampled(self, tuning: str, task: str, metric: str) -> Sampled:
         """A tuning's score with resamples over examples and, where there are several, over seeds."""
@@ -90,6 +90,12 @@ class Repeats:
         )
 
 
+def _seed(run: FinishedRun) -> int:
+    recipe = run.report.recipe
+    found: int = recipe["seed"] if recipe.get("training_seed") is None else recipe["training_seed"]
+    return found
+
+
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if len(known) == len(values) else None
@@ -100,7 +106,7 @@ def put_together(runs: Sequence[FinishedRun]) -> list[Repeats]:
     groups: list[list[FinishedRun]] = []
     for run in runs:
         same = next((group for group in groups if _repeat(group[0], run)), None)
-        if same is None or run.report.recipe["seed"] in [one.report.recipe["seed"] for one in same]:
+        if same is None or _seed(run) in [_seed(one) for one in same]:
             groups.append([run])
         else:
             same.append(run)
@@ -121,7 +127,7 @@ def _stem(names: Sequence[str]) -> str:
 
 
 def _repeat(ours: FinishedRun, theirs: FinishedRun) -> bool:
-    recipes = [{**run.report.recipe, "seed": None} for run in (ours, theirs)]
+    recipes = [{**run.report.recipe, "seed": None, "training_seed": None} for run in (ours, theirs)]
     return (
         recipes[0] == recipes[1]
         and ours.report.base["fingerprint"] == theirs.report.base["fingerprint"]
