@@ -573,6 +573,18 @@ def test_the_best_template_is_the_one_of_the_best_validation_score(content: dict
         run(make_recipe(content), tmp_path / "other", isolate=False)
 
 
+def test_full_shows_as_many_examples_as_fit(content: dict, tmp_path: Path) -> None:
+    content |= {"retention": [], "tunings": {"zero_shot": {}, "few_shot": {"shots": [1, "full"]}}}
+    found = run(make_recipe(content), tmp_path / "run", isolate=False).tunings
+    assert list(found) == ["zero_shot", "few_shot_1", "few_shot_full"]
+    full = found["few_shot_full"]
+    one = found["few_shot_1"].prompt_tokens - found["zero_shot"].prompt_tokens
+    assert full.shots.asked >= full.shots.mean > 1
+    assert 512 - 5 - 1.2 * one < full.prompt_tokens <= 512 - 5, "the context is full, but for the answer"
+    with pytest.raises(UserError, match="shots"):
+        make_recipe({**content, "tunings": {"few_shot": {"shots": "all"}}})
+
+
 def test_draws_show_other_examples(content: dict, tmp_path: Path) -> None:
     content["tunings"] = {
         "zero_shot": {},

@@ -121,6 +121,11 @@ class Recipe(BaseModel):
                     f"the training rows of {streamed[0]!r} are streamed and not counted: say how long {name!r} is trained "
                     "with training.max_steps"
                 )
+            if trains and tuning.training.frozen_cache:
+                raise ValueError(
+                    f"the training rows of {streamed[0]!r} are streamed and seen once, so {name!r} has nothing to keep: set "
+                    "training.frozen_cache to false"
+                )
         for tuning in self.tunings.values():
             if tuning.training.watch == "perplexity":
                 raise ValueError("training.watch: perplexity is least where the loss is, so watch `loss`")

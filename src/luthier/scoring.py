@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from luthier.data.mixture import Mixture
-from luthier.data.task import Example, Examples, Task
+from luthier.data.task import ChoiceScoring, Example, Examples, Task
 from luthier.directory import Answers, RunDirectory
 from luthier.encoding.batches import encode_all
 from luthier.encoding.encoder import Encoded, Encoder
 from luthier.errors import Interrupted, UserError
 from luthier.evaluation.kept import keep, keep_mean
 from luthier.evaluation.score import Prediction, answer, loss_and_accuracy, losses, measure, prompt_ids
-from luthier.evaluation.speed import inference_cost
+from luthier.evaluation.speed import NEW_TOKENS, inference_cost
 from luthier.metrics import MODEL_METRICS
 from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
@@ -45,18 +45,21 @@ def validation_examples(stage: Stage, names: Sequence[str] | None = None) -> lis
     return [one for task, examples in stage.tasks if not names or task.name in names for one in examples.validation]
 
 
-def validate(stage: Stage, rows: list[Encoded], reserve: int, watch: str = "loss") -> Validation:
+def validate(
+    stage: Stage, rows: list[Encoded], reserve: int, watch: str = "loss", names: Sequence[str] | None = None
+) -> Validation:
     """Loss on the validation targets, accuracy (of the answers where there are choices, else of the next token), and
-    the metric that training watches.
+    the metric that training watches, over the tasks of these names.
     """
     loss, accuracy = loss_of(stage.base, rows, stage.ranks)
     scores: dict[str, float] = {}
     if watch not in ("loss", "accuracy"):
-        longest = max(task.max_new_tokens for task, _ in stage.tasks)
-        found = measure(_answer(stage, validation_examples(stage), longest, reserve), [watch])
+        longest = max(task.max_new_tokens for task, _ in stage.tasks if not names or task.name in names)
+        found = measure(_answer(stage, validation_examples(stage, names), longest, reserve), [watch])
         scores[watch] = found[watch].value
     if isinstance(stage.recipe.task, Task) and stage.recipe.task.choices:
-        answers = _answer(stage, validation_examples(stage), 1, reserve)
+        by = stage.recipe.task.choice_scoring
+        answers = _answer(stage, validation_examples(stage), 1, reserve, choice_scoring=by)
         accuracy = sum(one.prediction in one.references for one in answers) / len(answers)
     return Validation(loss, accuracy, scores)
 
@@ -80,6 +83,7 @@ def _answer(
     reserve: int,
     tell: Callable[[int, int], None] = lambda done, of: None,
     answers: Answers | None = None,
+    choice_scoring: ChoiceScoring = "mean",
 ) -> list[Prediction]:
     """Answers of all ranks together; with `answers` they are kept as they come."""
     ranks = stage.ranks
@@ -100,6 +104,7 @@ def _answer(
                 known,
                 answers.keep if answers and keeps else lambda found: None,
                 ranks.gathered,
+                choice_scoring,
             ),
         )
 
@@ -122,7 +127,8 @@ def request_cost(stage: Stage, name: str | None, reserve: int) -> dict[str, Any]
         return None
     task, examples = stage.tasks[0]
     stage.progress.say("timing a request")
-    prompts = [prompt_ids(stage.encoder, one, reserve + task.max_new_tokens) for one in examples.test]
+    room = reserve + max(task.max_new_tokens, NEW_TOKENS)
+    prompts = [prompt_ids(stage.encoder, one, room) for one in examples.test]
     return inference_cost(stage.base, prompts, name)
 
 
@@ -188,7 +194,7 @@ def judge(
         with torch.no_grad():  # every rank scores all rows: the losses come as a whole
             scores |= inside(stage.base, lambda: losses(stage.base, rows, own))
     if named:
-        predictions = _answer(stage, examples, task.max_new_tokens, reserve, tell, answers)
+        predictions = _answer(stage, examples, task.max_new_tokens, reserve, tell, answers, task.choice_scoring)
         scores |= measure(predictions, named)
     return {metric: scores[metric] for metric in metrics}, predictions
 

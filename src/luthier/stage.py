@@ -23,7 +23,7 @@ from luthier.errors import Interrupted, UserError
 from luthier.launched import WORD, Failure, Launched, launched
 from luthier.models.base import BaseModel
 from luthier.models.load import resolve_device
-from luthier.models.memory import peak_bytes, resident_bytes
+from luthier.models.memory import before_work, peak_bytes
 from luthier.models.shard import shard
 from luthier.progress import Progress
 from luthier.prompt_search import best_templates
@@ -61,8 +61,8 @@ def run_stage(
 
     `process` is this one of several that run the stage together.
     """
-    after_import = resident_bytes()
     recipe = directory.recipe()
+    after_import = before_work(resolve_device(recipe.base.device))
     tasks = [(task, recipe.examples(task)) for task in recipe.tasks]
     ranks = Ranks.join(process, name, resolve_device(recipe.base.device)) if process else ALONE
     with Progress(name, silent=ranks.rank > 0) as progress:
@@ -112,10 +112,13 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
     if asked:  # training's limit on rows is no limit on what the model can read
         stage = replace(stage, encoder=stage.encoder.widened(stage.base.context))
     similar = isinstance(method, FewShot) and method.selection == "similar"
+    full = isinstance(method, FewShot) and method.shots == "full"
     seed = stage.recipe.seed + DRAWS_APART * (method.draw if isinstance(method, FewShot) else 0)
-    prepared = [(task, _shown(stage, task, examples, asked, similar, seed)) for task, examples in stage.tasks]
+    prepared = [(task, _shown(stage, task, examples, asked, similar, seed, full)) for task, examples in stage.tasks]
     kept = [len(example.shots) for _, examples in prepared for example in examples.test]
-    if asked and min(kept) < asked:
+    if full:
+        asked = max(kept)
+    elif asked and min(kept) < asked:
         stage.progress.say(
             f"{sum(count < asked for count in kept)} of {len(kept)} prompts hold fewer than {asked} shots "
             f"(least {min(kept)}): the limit is {stage.encoder.max_length} tokens"
@@ -142,8 +145,12 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
     }
 
 
-def _shown(stage: Stage, task: Task, examples: Examples, asked: int, similar: bool, seed: int) -> Examples:
-    """Validation and test with `asked` training examples in each prompt, or as many as fit."""
+def _shown(
+    stage: Stage, task: Task, examples: Examples, asked: int, similar: bool, seed: int, full: bool = False
+) -> Examples:
+    """Validation and test with `asked` training examples in each prompt, or as many as fit; `full`: or as there are."""
+    if full:
+        asked = min(asked, sum(bool(one.completion) for one in examples.train))
     budget = stage.encoder.max_length - task.max_new_tokens
     same = choose_shots(examples.train, asked, seed) if asked and not similar else []
 
@@ -165,7 +172,8 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
         if not examples.train:
             raise UserError(f"{name!r} has to be trained, but the task {task.name!r} has no training rows (`train`).")
     ranks = stage.ranks
-    validation = encode(stage, validation_examples(stage, recipe.tunings[name].tasks), reserve, "validation")
+    own = recipe.tunings[name].tasks
+    validation = encode(stage, validation_examples(stage, own), reserve, "validation")
     trained = directory.result(f"{name}.trained")
     if trained is None:
         base.lends = ranks.sharded  # each rank copies its part
@@ -195,7 +203,7 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
                 settings,
                 recipe.seed,
                 directory.checkpoints(name),
-                validate=(lambda: validate(stage, validation, reserve, settings.watch)) if validation else None,
+                validate=(lambda: validate(stage, validation, reserve, settings.watch, own)) if validation else None,
                 hooks=hooks,
                 should_stop=stage.should_stop,
                 ranks=ranks,

@@ -37,6 +37,16 @@ def examples(count: int, choices: bool = False) -> list[Example]:
     ]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_prompt_that_fills_the_window_leaves_room_for_the_longest_choice(family: str) -> None:
+    base = tiny.make(family)
+    encoder = Encoder(base.tokenizer, encoder_decoder=False, chat=False, max_length=base.context)
+    long = Example("0", "yes no " * 800, "yes", ("yes",), ("yes", "one two three four five six " * 9))
+    found = answer(base, encoder, [long], 1)[0]
+    longest = len(encoder.target_ids(long.choices[1]))
+    assert found.prompt_tokens == base.context - longest and found.prediction in long.choices
+
+
 def own_logits(base: BaseModel, prompt: list[int], target: list[int]) -> torch.Tensor:
     """Logits for each target token, from transformers' forward on this row alone."""
     with torch.no_grad():
@@ -46,8 +56,9 @@ def own_logits(base: BaseModel, prompt: list[int], target: list[int]) -> torch.T
         return base.model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
 
 
+@pytest.mark.parametrize("by", ["mean", "sum"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_choices_are_the_most_probable_a_token(family: str) -> None:
+def test_choices_are_the_most_probable(family: str, by: str) -> None:
     base, plain = tiny.make(family), tiny.make(family)
     encoder, rows = encoder_of(base), examples(9, choices=True)
     expected = []
@@ -56,11 +67,13 @@ def test_choices_are_the_most_probable_a_token(family: str) -> None:
         for choice in row.choices:
             ids = encoder.target_ids(choice)[:-1]
             logits = own_logits(plain, encoder.prompt_ids(row), ids)
-            means.append(float(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).mean()))
+            means.append(float(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).__getattribute__(by)()))
         expected.append(row.choices[means.index(max(means))])
-    found = answer(base, encoder, rows, 4)
+    found = answer(base, encoder, rows, 4, choice_scoring=by)
     assert [one.prediction for one in found] == expected
-    assert len(set(expected)) > 1 or family == "opt", "one choice wins everywhere: the test could not fail"
+    assert len(set(expected)) > 1 or family == "opt" or by == "sum", (
+        "one choice wins everywhere: the test could not fail"
+    )
     scores = measure(found, ["accuracy"])
     assert scores["accuracy"].value == sum(text in ("yes", "maybe") for text in expected) / 9
     assert len(scores["accuracy"].values) == 9

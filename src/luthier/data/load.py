@@ -26,7 +26,17 @@ CHUNK = 1000
 # Fewer rows than this are rendered here: starting workers takes a second.
 FEW = 20 * CHUNK
 # What of a task does not change its examples.
-_UNSEEN = ("name", "metrics", "max_new_tokens", "chain_of_thought", "inverted", "train", "validation", "test")
+_UNSEEN = (
+    "name",
+    "metrics",
+    "choice_scoring",
+    "max_new_tokens",
+    "chain_of_thought",
+    "inverted",
+    "train",
+    "validation",
+    "test",
+)
 
 Asked = tuple[Split, Row]
 # A line to store, or the row that was skipped; whether its completion is empty.

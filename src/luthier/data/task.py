@@ -10,6 +10,7 @@ from luthier.data.formats.chat import Format
 from luthier.data.source import Source
 
 Split = Literal["train", "validation", "test"]
+ChoiceScoring = Literal["mean", "sum"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -41,7 +42,8 @@ class Task:
     names columns of the test rows that hold the human answers; without it the completion is the reference.
     `metrics` names what judges it (docs/metrics.md), the main one last.
     `choices` (a list, or Jinja with ``|||``) makes it a classification: the model's most probable
-    choice is its answer. `chain_of_thought` is a second template, with the reasons before the answer, and `inverted` one
+    choice is its answer: by the mean log-probability of its tokens, or with `choice_scoring: sum` by their sum, which prefers
+    short ones. `chain_of_thought` is a second template, with the reasons before the answer, and `inverted` one
     from the answer back to the question, for mixtures that ask for these forms.
     """
 
@@ -55,6 +57,7 @@ class Task:
     system: str | None = None
     format: Format | None = None
     choices: str | list[str] | None = None
+    choice_scoring: ChoiceScoring = "mean"
     chain_of_thought: str | None = None
     inverted: str | None = None
     stratify: str | None = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from luthier.data.task import Example
+from luthier.data.task import ChoiceScoring, Example
 from luthier.encoding.batches import collate, collate_choices, micro_batches
 from luthier.encoding.encoder import Encoded, Encoder, cut_middle
 from luthier.metrics import MODEL_METRICS, metric
@@ -70,6 +70,7 @@ def answer(
     known: Mapping[int, str] | None = None,
     keep: Callable[[dict[int, str]], None] = lambda found: None,
     gathered: Gathered = lambda function, batches: function(batches),
+    choice_scoring: ChoiceScoring = "mean",
 ) -> list[Prediction]:
     """Answer each example with the active tuning: by its choices where it has some, else by generating.
 
@@ -77,9 +78,10 @@ def answer(
     are not computed again. The batches are always the same, so what is computed depends neither on what was known nor on
     how they are divided over processes (`gathered`).
     """
-    prompts = [prompt_ids(encoder, example, reserve + max_new_tokens) for example in examples]
-    texts = dict(known or {})
     choices = bool(examples) and all(example.choices for example in examples)
+    longest = max((_longest_choice(encoder, example) for example in examples), default=0) if choices else max_new_tokens
+    prompts = [prompt_ids(encoder, example, reserve + longest) for example in examples]
+    texts = dict(known or {})
     batches = _by_size(base, encoder, examples, prompts) if choices else batches_by_length(prompts)
 
     def answers(own: Sequence[list[int]]) -> list[list[str]]:
@@ -89,9 +91,8 @@ def answer(
             if not all(place in texts for place in places):
                 done -= sum(place in texts for place in places)
                 if choices:
-                    found = _choose(
-                        base, encoder, [examples[place] for place in places], [prompts[place] for place in places]
-                    )
+                    asked = [examples[place] for place in places]
+                    found = _choose(base, encoder, asked, [prompts[place] for place in places], choice_scoring)
                 else:
                     chosen = [prompts[place] for place in places]
                     found = _write(base, encoder, chosen, places, max_new_tokens, decoding, done, every, tell)
@@ -130,6 +131,10 @@ def prompt_ids(encoder: Encoder, example: Example, reserve: int) -> list[int]:
     return cut_middle(encoder.prompt_ids(example), room)
 
 
+def _longest_choice(encoder: Encoder, example: Example) -> int:
+    return max(len(encoder.target_ids(choice)) for choice in example.choices)
+
+
 def _write(
     base: BaseModel,
     encoder: Encoder,
@@ -155,8 +160,10 @@ def _write(
     return [encoder.decode(ids) for ids in written]
 
 
-def _choose(base: BaseModel, encoder: Encoder, examples: Sequence[Example], prompts: Sequence[list[int]]) -> list[str]:
-    """The choice with the highest mean log-probability a token; each prompt is computed once."""
+def _choose(
+    base: BaseModel, encoder: Encoder, examples: Sequence[Example], prompts: Sequence[list[int]], by: ChoiceScoring
+) -> list[str]:
+    """The choice with the highest mean (or sum) of its tokens' log-probabilities; each prompt is computed once."""
     rows: list[Question] = []
     for example, prompt in zip(examples, prompts, strict=True):
         choices = [encoder.target_ids(choice)[:-1] for choice in example.choices]
@@ -164,18 +171,18 @@ def _choose(base: BaseModel, encoder: Encoder, examples: Sequence[Example], prom
             rows.append((example.id, prompt, choices))
         else:  # rows cannot fork without packing: every choice brings its own prompt
             rows += [(example.id, prompt, [choice]) for choice in choices]
-    flat = iter([score for row in _choice_scores(base, rows) for score in row])
+    flat = iter([score for row in _choice_scores(base, rows, by) for score in row])
     return [example.choices[int(np.argmax([next(flat) for _ in example.choices]))] for example in examples]
 
 
-def _choice_scores(base: BaseModel, rows: list[Question]) -> list[list[float]]:
-    """Mean log-probability a token of each choice of each row."""
+def _choice_scores(base: BaseModel, rows: list[Question], by: ChoiceScoring) -> list[list[float]]:
+    """Mean or summed log-probability of the tokens of each choice of each row."""
     batch, places = collate_choices(rows, base.decoder_start if base.encoder_decoder else None)
     scores, _ = label_scores(base, batch.to(base.device))
     lengths = [len(choice) for _, _, choices in rows for choice in choices]
     found: list[list[float]] = [[] for _ in rows]
     for (place, _), piece in zip(places, torch.split(scores, lengths), strict=True):
-        found[place].append(float(piece.mean()))
+        found[place].append(float(piece.mean() if by == "mean" else piece.sum()))
     return found
 
 

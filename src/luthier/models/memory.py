@@ -14,6 +14,11 @@ def resident_bytes() -> int:
     return _status("VmRSS") or _peak_of_process()
 
 
+def before_work(device: torch.device) -> int:
+    """What `peak_bytes` counts before a model is loaded: nothing on an accelerator, else what is resident now."""
+    return 0 if device.type == "cuda" else resident_bytes()
+
+
 def peak_bytes() -> int:
     """The most memory held so far: on an accelerator its allocator's peak, else the process's."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():

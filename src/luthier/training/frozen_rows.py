@@ -17,7 +17,7 @@ from luthier.encoding.encoder import Encoded
 from luthier.encoding.stored import StoredRows
 from luthier.errors import UserError
 from luthier.models.base import BaseModel
-from luthier.models.frozen import frozen_blocks, frozen_states
+from luthier.models.frozen import SLICED, frozen_blocks, frozen_states
 
 # Tokens that run at once while the states are made.
 TOKENS = 4096
@@ -51,7 +51,11 @@ def frozen_rows(base: BaseModel, name: str, rows: StoredRows, say: Callable[[str
     """
     blocks = frozen_blocks(base, name)
     if not blocks:
-        say("frozen_cache: this tuning reaches down to the embeddings, so nothing below it can be kept")
+        known = base.encoder_decoder or base.family in SLICED
+        why = "this tuning reaches down to the embeddings, so nothing below it can be kept"
+        if not known:
+            why = f"where the blocks of a {base.family} model may be cut is not known (it is for {', '.join(sorted(SLICED))})"
+        say(f"frozen_cache: {why}; it trains as without")
         return rows
     decoder = not base.encoder_decoder
     size = int(_lengths(rows, decoder).sum()) * base.width * base.dtype.itemsize

@@ -18,7 +18,6 @@ def log_hooks(log: Path, board: Path) -> Iterator[list[Hook]]:
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         file = log.open("a", encoding="utf-8")
-        writer = SummaryWriter(str(board))
     except OSError as error:
         raise UserError(f"{log.parent} cannot be written: {error.strerror}.") from None
 
@@ -26,7 +25,12 @@ def log_hooks(log: Path, board: Path) -> Iterator[list[Hook]]:
         file.write(json.dumps(event) + "\n")
         file.flush()
 
+    writer: SummaryWriter | None = None
+
     def write_board(event: dict[str, Any]) -> None:
+        nonlocal writer
+        # A training that goes on repeats steps that an earlier process had told: those are purged.
+        writer = writer or SummaryWriter(str(board), purge_step=event["step"])
         kind = "validation" if "validation_loss" in event else "training"
         for key, value in event.items():
             if key not in ("step", "steps", "tokens", "step_seconds"):
@@ -36,7 +40,8 @@ def log_hooks(log: Path, board: Path) -> Iterator[list[Hook]]:
         yield [write_line, write_board]
     finally:
         file.close()
-        writer.close()
+        if writer is not None:
+            writer.close()
 
 
 @contextmanager

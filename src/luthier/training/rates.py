@@ -45,4 +45,4 @@ def _above(key: str, blocks: int) -> int:
     """Blocks between a parameter and the output: none for the head and the last norm, all for the embeddings."""
     if found := _BLOCK.search(key):
         return blocks - 1 - int(found[1])
-    return blocks if "embed" in key or ".wte" in key or "shared" in key else 0
+    return blocks if "embed" in key or ".wte" in key or ".wpe" in key or "shared" in key else 0
