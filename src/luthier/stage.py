@@ -62,9 +62,11 @@ def run_stage(
     `process` is this one of several that run the stage together.
     """
     recipe = directory.recipe()
-    after_import = before_work(resolve_device(recipe.base.device))
+    device = resolve_device(recipe.base.device)
+    after_import = before_work(device)
     tasks = [(task, recipe.examples(task)) for task in recipe.tasks]
-    ranks = Ranks.join(process, name, resolve_device(recipe.base.device)) if process else ALONE
+    ranks = Ranks.join(process, name, device) if process else ALONE
+    device = ranks.device if process else device
     with Progress(name, silent=ranks.rank > 0) as progress:
         if skipped := [row for _, examples in tasks for row in examples.skipped]:
             progress.say(
@@ -73,7 +75,7 @@ def run_stage(
             )
         progress.say("loading the base")
         ranks.sharded = ranks.size > 1 and _settings(recipe, name).shard
-        base = BaseModel.load(recipe.base, torch.device("cpu") if ranks.sharded else None)
+        base = BaseModel.load(recipe.base, torch.device("cpu") if ranks.sharded else device)
         ranks.agree("base model", base.fingerprint())
         ranks.agree("version of torch and precision", [torch.__version__, str(base.dtype)])
         encoder = recipe.encoder(base.tokenizer, base.encoder_decoder, base.context)

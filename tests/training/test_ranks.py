@@ -19,6 +19,7 @@ from tests.training.test_loop import rows_for
 
 from luthier.directory import RunDirectory
 from luthier.errors import UserError
+from luthier.launched import Launched
 from luthier.recipe import BASELINE, make_recipe
 from luthier.training.loop import check_ranks
 from luthier.training.ranks import Ranks
@@ -182,6 +183,12 @@ def test_a_resumed_run_ends_in_the_same_bits_dropout_and_masters_too(
         shapes[f"weight.{key}"] == shapes[f"optimizer.exp_avg/{key}"] == one.shape for key, one in theirs.items()
     )
     assert any("master" in key for key in shapes) == (dtype == "bfloat16")
+
+
+def test_one_gpu_for_several_processes_is_refused() -> None:
+    process = Launched({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"})
+    with pytest.raises(UserError, match="base.device is cuda:1, and 2 processes .* Set it to cuda or auto"):
+        Ranks.join(process, "t", torch.device("cuda", 1))
 
 
 def test_dropout_draws_anew_on_each_rank_in_each_step() -> None:

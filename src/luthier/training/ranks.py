@@ -39,11 +39,16 @@ class Ranks:
     def join(cls, process: Launched, stage: str, device: torch.device) -> "Ranks":
         """Meet the other processes of a stage; returns when all are there.
 
-        Raises UserError where there is no accelerator for each process of this machine.
+        Raises UserError where there is no accelerator for each process of this machine, or all are to use one.
         """
         import torch.distributed as dist
 
         if device.type == "cuda":
+            if device.index is not None:
+                raise UserError(
+                    f"base.device is {device}, and {process.local_size} processes were started on this machine, each for a "
+                    "GPU of its own. Set it to cuda or auto."
+                )
             if process.local_rank >= torch.cuda.device_count():
                 raise UserError(
                     f"{process.local_size} processes were started on a machine with {torch.cuda.device_count()} GPUs. "
