@@ -46,12 +46,16 @@ class QuantizedLinear(nn.Linear):
         self.register_buffer("packed", None)
         self.state: Any = None  # bitsandbytes' QuantState: absmax, code, shape, precision
         if not weight.is_meta:
-            # One block a row: bitsandbytes' CPU kernel misreads rows of, say, 48 numbers, which no block divides.
-            flat = weight.detach().to(device).flatten()
-            blocks = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
-            self.packed, self.state = _functional().quantize_4bit(
-                blocks, blocksize=BLOCK, compress_statistics=double, quant_type="nf4"
-            )
+            self.pack(weight.detach().to(device), double)
+
+    def pack(self, weight: Tensor, double: bool) -> None:
+        """Take the numbers of a weight (out, in) into 4 bits."""
+        # One block a row: bitsandbytes' CPU kernel misreads rows of, say, 48 numbers, which no block divides.
+        flat = weight.flatten()
+        blocks = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+        self.packed, self.state = _functional().quantize_4bit(
+            blocks, blocksize=BLOCK, compress_statistics=double, quant_type="nf4"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) to (..., out)."""

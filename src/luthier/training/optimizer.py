@@ -5,7 +5,7 @@ A 16-bit parameter keeps an fp32 master here: an update of lr x 1 is far below b
 a weight and would be lost. fp32 parameters are their own masters.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -49,6 +49,21 @@ OPTIMIZERS: dict[Kind, Callable[[Groups], torch.optim.Optimizer]] = {
     "adamw_8bit": _eight_bit("AdamW8bit"),
     "paged_adamw_8bit": _eight_bit("PagedAdamW8bit"),
 }
+
+
+def state_bytes(parameters: Iterable[Tensor], kind: Kind) -> int:
+    """Bytes of what an optimizer of this kind keeps for these parameters: masters, moments, counts of steps."""
+    total = 0
+    for one in parameters:
+        total += 4 if one.dtype == torch.float32 else 4 + 4 * one.numel()
+        if kind == "adamw":
+            total += 8 * one.numel()
+        elif kind == "adafactor":  # of a matrix, its rows' and columns' means
+            shape = one.shape
+            total += 4 * (one.numel() // shape[-1] + one.numel() // shape[-2] if one.ndim > 1 else one.numel())
+        else:  # blocks of 256 with a scale each; small tensors stay in fp32
+            total += 2 * one.numel() + 8 * -(-one.numel() // 256) if one.numel() >= 4096 else 8 * one.numel()
+    return total
 
 
 class Optimizer:

@@ -1,0 +1,128 @@
+"""The plan counts what the real code holds, and reads no weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests import tiny
+from tests.training.test_loop import rows_for
+from typer.testing import CliRunner
+
+from luthier.cli import app
+from luthier.encoding.batches import collate
+from luthier.models.base import BaseModel
+from luthier.models.dry_run import dry_run
+from luthier.models.ledger import Ledger
+from luthier.models.loss import loss_sum
+from luthier.plan import plan
+from luthier.recipe import make_recipe
+from luthier.training.optimizer import Kind, Optimizer, state_bytes
+from luthier.tuning import Full, LoRA, Method, PrefixTuning, Selective, attach, parameters
+
+
+def kept(base: BaseModel, dry: bool) -> tuple[int, int]:
+    """(bytes alive after a forward pass, the peak through the backward pass) without the weights."""
+    base.use("t")
+    rows = rows_for(tiny.make(base.family if base.family != "t5" else "t5"), 3)
+    batch = collate(rows, base.decoder_start if base.encoder_decoder else None).to(base.device)
+    ledger = Ledger()
+    with ledger:
+        ledger.hold(
+            [*base.grafts.originals.values(), *base.model.buffers(), *parameters(base, "t").values()], "weights"
+        )
+        ledger.restart()
+        if dry:
+            with dry_run(base, torch.device("cpu")):
+                loss = loss_sum(base, batch)
+                alive = sum(ledger.live.values()) - ledger.live["weights"]
+                loss.backward()
+        else:
+            loss = loss_sum(base, batch)
+            alive = sum(ledger.live.values()) - ledger.live["weights"]
+            loss.backward()
+    return alive, ledger.peak - ledger.live["weights"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    "method", [LoRA(rank=2), Full(), Selective(), PrefixTuning(length=3)], ids=lambda one: one.method
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_dry_run_counts_the_bytes_that_a_real_one_holds(
+    family: str, method: Method, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    real = tiny.make(family, dtype)
+    attach(real, "t", method)
+    with torch.device("meta"):
+        shape = type(real.model)(real.config).to(dtype)
+    skeleton = BaseModel(shape, real.tokenizer)
+    attach(skeleton, "t", method)
+    assert kept(skeleton, dry=True) == kept(real, dry=False)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_optimizer_states_follow_their_formula(kind: Kind, dtype: torch.dtype) -> None:
+    base = tiny.make("llama", dtype)
+    attach(base, "t", Full())
+    owned = parameters(base, "t")
+    for parameter in owned.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = Optimizer(owned, 0.0, kind)
+    optimizer.step(1e-3, 1.0)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.state().values())
+    assert state_bytes(owned.values(), kind) == held
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("plan")
+    base = tiny.make("llama")
+    base.config.save_pretrained(folder / "llama")  # no weights at all
+    base.config.architectures = ["LlamaForCausalLM"]
+    base.tokenizer.save_pretrained(folder / "llama")
+    rows = [{"text": f"room {n} and {n}" * 6, "who": "Anna"} for n in range(20)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "name": "who",
+        "template": "Who: {{ text }} ||| {{ who }}",
+        "train": "rows.jsonl",
+        "validation": 2,
+        "test": 2,
+    }
+    return {
+        "base": {"model": str(folder / "llama"), "dtype": "float32"},
+        "data": str(folder), "task": task, "retention": [], "training": {"max_steps": 2},
+        "tunings": {"zero_shot": {}, "lora": {"rank": 2}, "full": {}},
+    }  # fmt: skip
+
+
+def test_a_plan_reads_no_weights_and_its_advice_lowers_the_peak(content: dict) -> None:
+    """The base's folder holds no weights, so nothing could be loaded."""
+    found = plan(make_recipe(content), available=0)
+    for one in found.values():
+        assert sum(one.parts.values()) == one.peak_bytes == max(one.phases.values())
+        assert one.phases[one.phase] == one.peak_bytes and not one.fits
+        assert all(choice.peak_bytes < one.peak_bytes for choice in one.choices)
+    assert found["zero_shot"].file_bytes == 0 < found["lora"].file_bytes < found["full"].file_bytes
+    assert found["full"].parts["weights"] == 2 * found["zero_shot"].parts["weights"]
+    smaller = {**content, "training": {"max_steps": 2, "micro_batch_tokens": 64}}
+    assert plan(make_recipe(smaller))["lora"].phases["training"] < found["lora"].phases["training"]
+    recomputed = {**content, "training": {"max_steps": 2, "gradient_checkpointing": True}}
+    assert plan(make_recipe(recomputed))["lora"].phases["training"] < found["lora"].phases["training"]
+
+
+def test_the_command_prints_a_plan_and_refuses_a_bad_recipe(content: dict, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(content))
+    shown = CliRunner().invoke(app, ["plan", str(file)], env={"COLUMNS": "80"})
+    assert shown.exit_code == 0, shown.output
+    assert "lora: peak" in shown.output and "fits" in shown.output
+    assert max(map(len, shown.output.splitlines())) <= 80
+    as_json = CliRunner().invoke(app, ["plan", str(file), "--json"])
+    assert set(json.loads(as_json.stdout)) == set(content["tunings"])
+    from luthier.errors import UserError
+
+    with pytest.raises(UserError, match="does not exist"):
+        CliRunner().invoke(app, ["plan", str(tmp_path / "none.yaml")], catch_exceptions=False)
