@@ -1,11 +1,12 @@
 """Training: Luthier against TRL and transformers' Trainer with PEFT, the same rows, ids, steps, batch and learning rate.
 
-    python benchmarks/train.py [--job lora] [--data FOLDER_WITH_DIALOGSUM] [--rows 96] [--repeats 3] [--json OUT.json]
+    python benchmarks/train.py [--job lora] [--data FOLDER_WITH_DIALOGSUM] [--rows 96] [--repeats 3] [--dtype auto] [--json OUT.json]
 
 Each measurement is a process of its own: the whole train call timed (useful tokens, prompt and completion, a second), the
 peak of its memory, and the validation loss after. An optimizer step is 8 rows for everybody; a peer's own batch (1, 2, 4,
 8, accumulated to 8) is found in the same run, each as installed and, where it is there, with tcmalloc preloaded
-(Debian: libtcmalloc-minimal4). Luthier sets its allocator itself. The median of the repeats counts.
+(Debian: libtcmalloc-minimal4). Luthier sets its allocator itself. The median of the repeats counts. Every side has the same
+precision: by default the faster of bfloat16 and float32 on this machine.
 """
 
 import argparse
@@ -31,7 +32,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "lora": {"ours": {"method": "lora", "rank": 8, "alpha": 16}, "peft": ("LoraConfig", {"r": 8, "lora_alpha": 16, "target_modules": LINEARS}), "rate": 1e-3},
     "prompt_tuning": {"ours": {"method": "prompt_tuning", "length": 20}, "peft": ("PromptTuningConfig", {"num_virtual_tokens": 20}), "rate": 2e-2},
     "ia3": {"ours": {"method": "ia3"}, "peft": ("IA3Config", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}), "rate": 1e-2},
-    "full_bf16": {"ours": {"method": "full"}, "peft": None, "rate": 5e-5},
+    "full": {"ours": {"method": "full"}, "peft": None, "rate": 5e-5},
 }  # fmt: skip
 SIDES = {"luthier": [1], "trainer": [1, 2, 4, 8], "trl": [8]}
 
@@ -59,7 +60,7 @@ def rows_of(folder: Path | None, count: int) -> tuple[list[Any], list[Any]]:
     return [encoder.encode(one) for one in training], [encoder.encode(one) for one in held]
 
 
-def ours(job: dict[str, Any], training: list[Any], held: list[Any], _: int, out: Path) -> dict[str, float]:
+def ours(job: dict[str, Any], training: list[Any], held: list[Any], _: int, out: Path, dtype: str) -> dict[str, float]:
     from pydantic import TypeAdapter
 
     from luthier.encoding.order import Shuffled
@@ -70,7 +71,7 @@ def ours(job: dict[str, Any], training: list[Any], held: list[Any], _: int, out:
     from luthier.training.settings import TrainingSettings
     from luthier.tuning import METHODS, attach
 
-    base = BaseModel.load(BaseSpec(dtype="bfloat16"))
+    base = BaseModel.load(BaseSpec(dtype=dtype))
     kind = METHODS[job["ours"]["method"]]
     attach(base, "t", TypeAdapter(kind).validate_python(job["ours"]), SEED)
     settings = TrainingSettings(epochs=1, batch_size=BATCH, learning_rate=job["rate"], warmup=0.0)
@@ -82,7 +83,7 @@ def ours(job: dict[str, Any], training: list[Any], held: list[Any], _: int, out:
     return {"seconds": seconds, "peak_bytes": peak * 1024, "loss": loss_and_accuracy(base, held)[0]}
 
 
-def peer_model(job: dict[str, Any]) -> Any:
+def peer_model(job: dict[str, Any], dtype: str) -> Any:
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -90,7 +91,7 @@ def peer_model(job: dict[str, Any]) -> Any:
     from luthier.models.embedded import embedded_folder
 
     torch.manual_seed(SEED)
-    model = AutoModelForCausalLM.from_pretrained(embedded_folder("smollm2-135m-instruct"), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(embedded_folder("smollm2-135m-instruct"), dtype=getattr(torch, dtype))
     if job["peft"] is None:
         return model
     name, settings = job["peft"]
@@ -106,7 +107,9 @@ def arguments(job: dict[str, Any], batch: int, out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def trainer(job: dict[str, Any], training: list[Any], held: list[Any], batch: int, out: Path) -> dict[str, float]:
+def trainer(
+    job: dict[str, Any], training: list[Any], held: list[Any], batch: int, out: Path, dtype: str
+) -> dict[str, float]:
     """transformers' Trainer with PEFT, rows grouped by length, loss on the completion."""
     import torch
     from transformers import Trainer, TrainingArguments
@@ -122,12 +125,14 @@ def trainer(job: dict[str, Any], training: list[Any], held: list[Any], batch: in
 
     data = [{"input_ids": r.prompt + r.target, "labels": [-100] * len(r.prompt) + r.target} for r in training]
     grouped = {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
-    model = peer_model(job)
+    model = peer_model(job, dtype)
     made = Trainer(model=model, args=TrainingArguments(**arguments(job, batch, out), **grouped), train_dataset=data, data_collator=collate)  # fmt: skip
     return timed(made.train, model, held)
 
 
-def trl(job: dict[str, Any], training: list[Any], held: list[Any], batch: int, out: Path) -> dict[str, float]:
+def trl(
+    job: dict[str, Any], training: list[Any], held: list[Any], batch: int, out: Path, dtype: str
+) -> dict[str, float]:
     """TRL's SFTTrainer as its guide has it, on rows tokenized beforehand: loss on the completion."""
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -141,7 +146,7 @@ def trl(job: dict[str, Any], training: list[Any], held: list[Any], batch: int, o
             for r in training
         ]
     )
-    model = peer_model(job)
+    model = peer_model(job, dtype)
     settings = SFTConfig(**arguments(job, batch, out), max_length=None, completion_only_loss=True)
     tokenizer = AutoTokenizer.from_pretrained(embedded_folder("smollm2-135m-instruct"))
     made = SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
@@ -183,6 +188,8 @@ def measure(given: argparse.Namespace, side: str, batch: int, tcmalloc: bool) ->
         side,
         "--batch",
         str(batch),
+        "--dtype",
+        given.dtype,
     ]
     command += ["--data", str(given.data)] if given.data else []
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -217,7 +224,7 @@ def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
             theirs = median(runs)
             results.append(
                 {
-                    "job": given.job, "peer": f"{side}, {what} (batch {way[0]}{', tcmalloc' if way[1] else ''})",
+                    "job": given.job, "dtype": given.dtype, "peer": f"{side}, {what} (batch {way[0]}{', tcmalloc' if way[1] else ''})",
                     "peer_value": theirs["rate"], "ours": mine["rate"], "speed_ratio": mine["rate"] / theirs["rate"],
                     "memory_ratio": mine["peak_bytes"] / theirs["peak_bytes"],
                     "peer_peak_bytes": theirs["peak_bytes"], "our_peak_bytes": mine["peak_bytes"],
@@ -240,6 +247,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", default="trainer,trl")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--run", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=BATCH, help=argparse.SUPPRESS)
@@ -248,9 +256,16 @@ def main() -> None:
         training, held = rows_of(given.data, given.rows)
         side = {"luthier": ours, "trainer": trainer, "trl": trl}[given.run]
         with tempfile.TemporaryDirectory() as out:
-            found = side(JOBS[given.job], training, held, given.batch, Path(out))
+            found = side(JOBS[given.job], training, held, given.batch, Path(out), given.dtype)
         print(json.dumps({**found, "rate": sum(map(len, training)) / found["seconds"]}))
         return
+    if given.dtype == "auto":
+        import torch
+
+        from luthier.models.load import resolve_dtype
+
+        given.dtype = str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+    print(f"precision: {given.dtype}", flush=True)
     results = compare(given)
     if given.json:
         given.json.write_text(json.dumps(results, indent=2) + "\n")

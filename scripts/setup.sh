@@ -44,6 +44,18 @@ if [ "${1:-}" = dev ] && ! marked dev; then
   mark dev
 fi
 
+if [ "${1:-}" = dev ] && ! marked browser; then
+  # The report's page is tested in Chromium; where there is none, these tests are skipped and say so.
+  if ! { command -v chromium && command -v chromedriver; } >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "Installing Chromium for the tests of the report's page ..."
+    quick="-o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o DPkg::Lock::Timeout=60"
+    { timeout 120 apt-get $quick update && DEBIAN_FRONTEND=noninteractive timeout 480 \
+        apt-get $quick install -y --no-install-recommends chromium chromium-driver; } >/dev/null 2>&1 ||
+      echo "It could not be installed: those tests will be skipped."
+  fi
+  mark browser
+fi
+
 if ! marked base; then
   "$venv/bin/python" -m luthier.models.embedded >/dev/null
   mark base

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import tiny
-from tests.training.test_loop import rows_for
 from typer.testing import CliRunner
 
 from luthier.cli import app
@@ -19,6 +17,8 @@ from luthier.plan import plan
 from luthier.recipe import make_recipe
 from luthier.training.optimizer import Kind, Optimizer, state_bytes
 from luthier.tuning import Full, LoRA, Method, PrefixTuning, Selective, attach, parameters
+from tests import tiny
+from tests.training.test_loop import rows_for
 
 
 def kept(base: BaseModel, dry: bool) -> tuple[int, int]:

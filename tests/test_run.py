@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import yaml
 
+import luthier.evaluation.score
 import luthier.files
 from luthier.cli import app
 from luthier.errors import UserError
 from luthier.job import run
 from luthier.metrics import METRICS, metric, reading
+from luthier.models.generate import batches_by_length
 from luthier.recipe import load_recipe, make_recipe
 from luthier.report.schema import report_schema
 from luthier.session import Session
@@ -102,6 +104,9 @@ def test_a_run_writes_the_comparison_and_its_tunings_can_be_used(
             steps = [json.loads(line) for line in (out / "logs" / f"{name}.jsonl").read_text().splitlines()]
             assert [event["step"] for event in steps if "loss" in event] == [1, 2, 3]
             assert list((out / "tensorboard" / name).glob("events*"))
+    assert "| lora |" in (out / "report.md").read_text()
+    assert "\nlora,lora,," in (out / "report.csv").read_text()
+    assert written["regressions"] == [] or {one["task"] for one in written["regressions"]} <= {"who", "kept"}
     shown = (out / "report.html").read_text()
     assert all(name in shown for name in content["tunings"])
     assert "http" not in shown.replace("http://www.w3.org", ""), "the page must need nothing from elsewhere"
@@ -431,6 +436,37 @@ def test_a_stopped_command_resumes_to_the_same_weights(
     assert len(log.read_text().splitlines()) == len(found["history"])
 
 
+def test_scoring_that_was_killed_goes_on_where_it_stopped(
+    content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["tunings"] = {"zero_shot": {}, "lora": {"rank": 2}}
+    content["task"]["test"] = 12
+    content["decoding"] = {"temperature": 1.5, "seed": 7}
+    monkeypatch.setattr("luthier.evaluation.score.batches_by_length", lambda prompts: batches_by_length(prompts, 4))
+    run(make_recipe(content), tmp_path / "whole", isolate=False)
+    asked: list[list[int]] = []
+    real = luthier.evaluation.score.generate
+
+    def dying(*given, **options):
+        asked.append(list(options["places"]))
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return real(*given, **options)
+
+    monkeypatch.setattr("luthier.evaluation.score.generate", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(make_recipe(content), tmp_path / "killed", isolate=False)
+    partial = tmp_path / "killed" / "predictions" / "lora.partial"
+    assert len(partial.read_text().splitlines()) == 4 and not partial.with_suffix(".jsonl").exists()
+    run(make_recipe(content), tmp_path / "killed", isolate=False, resume=True)
+    assert sorted(place for batch in asked[-2:] for place in batch) == sorted(set(range(12)) - set(asked[3])), (
+        "the batch that was done is not asked again"
+    )
+    assert not partial.exists()
+    for name in ("zero_shot.jsonl", "lora.jsonl"):
+        assert files(tmp_path / "killed")[f"predictions/{name}"] == files(tmp_path / "whole")[f"predictions/{name}"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_while_modules_load_is_no_traceback(content: dict, tmp_path: Path, number: signal.Signals) -> None:
     content["tunings"], content["retention"] = {"lora": {"rank": 2}}, []
@@ -488,9 +524,24 @@ def test_the_surface_is_frozen() -> None:
         "run": ["out", "recipe", "resume", "set_"],
         "preview": ["recipe", "rows", "set_"],
         "audit": ["as_json", "recipe", "set_"],
-        "generate": ["file", "max_new_tokens", "out", "raw", "run", "task", "text", "tuning"],
+        "generate": [
+            "beams",
+            "file",
+            "max_new_tokens",
+            "out",
+            "raw",
+            "run",
+            "seed",
+            "task",
+            "temperature",
+            "text",
+            "top_k",
+            "top_p",
+            "tuning",
+        ],
         "merge": ["allow_drift", "dtype", "max_flips", "max_kl", "onto", "out", "rows", "run", "tuning"],
         "inspect": ["as_json", "neighbours", "rows", "run", "tuning"],
+        "compare": ["out", "runs"],
         "schema": ["what"],
         "list": ["file"],
         "render": ["as_json", "file", "name", "row", "seed", "truncate"],
@@ -498,7 +549,8 @@ def test_the_surface_is_frozen() -> None:
     import luthier
 
     assert sorted(luthier.__all__) == [
-        "Interrupted", "Recipe", "Report", "Session", "UserError", "audit", "load_recipe", "make_recipe", "preview", "run",
+        "Interrupted", "Recipe", "Report", "Session", "UserError", "audit", "inspect", "load_recipe", "make_recipe", "merge",
+        "preview", "run",
     ]  # fmt: skip
     for name in luthier.__all__:
         assert getattr(luthier, name).__doc__, name

@@ -53,6 +53,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 "soft": {"method": "prompt_tuning", "init_text": TEXT, "length": 4},
                 "lora": {"rank": 2},
                 **({} if quantize else {"full": {}}),
+                **(
+                    {
+                        "adapters": {"method": "bottleneck"},
+                        "ia3": {},
+                        "prefix": {"method": "prefix_tuning", "length": 3},
+                    }
+                    if name == "llama"
+                    else {}
+                ),
             },
         }
         found[name] = folder / name
@@ -221,7 +230,10 @@ def test_inspecting_a_soft_prompt_through_the_command_line(runs: dict[str, Path]
     ElementTree.parse(runs[family] / "inspect" / "soft.svg")
 
 
-@pytest.mark.parametrize(("family", "tuning"), [("llama", "lora"), ("t5", "lora"), ("nf4", "lora"), ("llama", "full")])
+@pytest.mark.parametrize(("family", "tuning"), [
+    ("llama", "lora"), ("t5", "lora"), ("nf4", "lora"), ("llama", "full"), ("llama", "adapters"), ("llama", "ia3"),
+    ("llama", "prefix"),
+])  # fmt: skip
 def test_inspecting_weights_through_the_command_line(runs: dict[str, Path], family: str, tuning: str) -> None:
     done = luthier("inspect", runs[family], "--tuning", tuning)
     assert done.returncode == 0, done.stderr
@@ -229,9 +241,14 @@ def test_inspecting_weights_through_the_command_line(runs: dict[str, Path], fami
     found = json.loads((runs[family] / "inspect" / f"{tuning}.json").read_text())
     picture = (runs[family] / "inspect" / f"{tuning}.svg").read_text()
     ElementTree.fromstring(picture)
-    if tuning == "lora":
+    if tuning in ("lora", "adapters"):
         assert sum(one["energy"] for one in found["spectra"]) == pytest.approx(1.0)
         assert all(one["path"] in picture for one in found["spectra"])
+    elif tuning == "ia3":
+        assert all(one["path"] in picture and one["path"] in done.stdout for one in found["scalings"])
+    elif tuning == "prefix":
+        assert all(f"{kind} {one['layer']}" in picture for one in found["prefix"] for kind in ("key", "value"))
+        assert [f"{one['key_norm']:.2f}" in done.stdout for one in found["prefix"]] == [True] * len(found["prefix"])
     else:
         assert all(one["part"] in picture and one["part"] in done.stdout for one in found["changes"])
 

@@ -6,7 +6,9 @@ from luthier.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from luthier.audit_rows import audit
+    from luthier.inspect_tuning import inspect
     from luthier.job import run
+    from luthier.merge_tuning import merge
     from luthier.preview_rows import preview
     from luthier.recipe import Recipe, load_recipe, make_recipe
     from luthier.report.schema import Report
@@ -19,8 +21,10 @@ __all__ = [
     "Session",
     "UserError",
     "audit",
+    "inspect",
     "load_recipe",
     "make_recipe",
+    "merge",
     "preview",
     "run",
 ]
@@ -31,8 +35,10 @@ _HOMES = {
     "Recipe": "luthier.recipe",
     "Report": "luthier.report.schema",
     "Session": "luthier.session",
+    "inspect": "luthier.inspect_tuning",
     "load_recipe": "luthier.recipe",
     "make_recipe": "luthier.recipe",
+    "merge": "luthier.merge_tuning",
     "preview": "luthier.preview_rows",
     "run": "luthier.job",
 }

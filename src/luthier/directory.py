@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +16,33 @@ from luthier.data.findings import Finding
 from luthier.errors import UserError, nearest
 from luthier.files import write_json, write_whole
 from luthier.recipe import Recipe, differing_key, file_part, make_recipe, recipe_yaml
+
+
+class Answers:
+    """A task's answers as they come, a JSON line each, so that scoring which is killed goes on where it stopped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def known(self) -> dict[int, str]:
+        """The answers so far, by the example's place; a line that a kill cut short is dropped."""
+        if not self.path.is_file():
+            return {}
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            write_whole(self.path, whole)
+        found = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
+        return {int(one["place"]): str(one["prediction"]) for one in found}
+
+    def keep(self, found: Mapping[int, str]) -> None:
+        """Add answers; they are on disk when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [{"place": place, "prediction": text} for place, text in found.items()]
+        with self.path.open("ab") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class RunDirectory:
@@ -105,20 +132,25 @@ class RunDirectory:
         file = self.path / "results" / f"{name}.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
+    def answers_so_far(self, name: str, task: str) -> Answers:
+        """The answers of a tuning to a task so far, where scoring was stopped."""
+        return Answers(self._predictions(name, task).with_suffix(".partial"))
+
     def save_predictions(self, name: str, task: str, lines: list[dict[str, Any]]) -> None:
         """Write every answer of a tuning to a task as JSON lines."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_whole(self._predictions(name, task), text.encode())
+        self._predictions(name, task).with_suffix(".partial").unlink(missing_ok=True)
 
-    def predictions(self, name: str) -> list[dict[str, Any]]:
-        """The answers of a tuning to the run's task, of a mixture to all of its tasks."""
+    def answers(self, name: str) -> dict[str, list[dict[str, Any]]]:
+        """The answers of a tuning (or of the baseline) to each of the run's tasks that has some, row by row."""
         recipe = self.recipe()
-        found: list[dict[str, Any]] = []
-        for task in recipe.tasks:
-            file = self._predictions(name, task.name)
-            if file.is_file():
-                found += [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-        return found
+        files = {task.name: self._predictions(name, task.name) for task in (*recipe.tasks, *recipe.retention)}
+        return {
+            task: [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+            for task, file in files.items()
+            if file.is_file()
+        }
 
     def _predictions(self, name: str, task: str) -> Path:
         suffix = "" if task == self.recipe().task.name else f".{file_part(task)}"

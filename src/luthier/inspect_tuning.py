@@ -1,4 +1,4 @@
-"""What did it learn? A soft prompt in the vocabulary's words, a LoRA's spectra, or how far each block moved."""
+"""What did it learn? Each method's own view: words, spectra, factors, norms, or how far each block moved."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -7,12 +7,12 @@ from typing import Any
 
 from luthier.data.task import Example, Task
 from luthier.encoding.batches import encode_all
-from luthier.errors import UserError
 from luthier.evaluation.score import answer, loss_and_accuracy, measure
 from luthier.files import write_json, write_whole
 from luthier.held_out import held_out
 from luthier.report.inspection import picture
 from luthier.session import Session
+from luthier.tuning.inspect_added import inspect_adapters, inspect_prefix, inspect_scalings
 from luthier.tuning.inspect_prompt import inspect_prompt, replaced_by_tokens
 from luthier.tuning.inspect_weights import inspect_lora, inspect_substitutes
 
@@ -28,7 +28,7 @@ def inspect(
     """Say what a trained tuning of a run learnt; write it and its picture to the run's `inspect` folder.
 
     A soft prompt is also scored on up to `rows` held-out rows beside the base without it and beside its nearest tokens in
-    its place (0 rows: not scored). Raises UserError for a tuning that trained nothing, or of a method without a view.
+    its place (0 rows: not scored). Raises UserError for a tuning that trained nothing.
     """
     session = Session(run)
     base, method = session.base, session.trained(tuning)
@@ -39,14 +39,14 @@ def inspect(
         found["prompt"] = asdict(prompt)
         if rows:
             found["faithfulness"] = _faithfulness(session, tuning, prompt.ids, rows, say)
-    if spectra := inspect_lora(base, tuning):
+    if spectra := inspect_lora(base, tuning) or inspect_adapters(base, tuning):
         found["spectra"] = [asdict(one) for one in spectra]
+    if scalings := inspect_scalings(base, tuning):
+        found["scalings"] = [asdict(one) for one in scalings]
+    if tuning in base.grafts.prefixes:
+        found["prefix"] = [asdict(one) for one in inspect_prefix(base, tuning, session.recipe.seed)]
     if tuning in base.grafts.substitutes:
         found["changes"] = [asdict(one) for one in inspect_substitutes(base, tuning)]
-    if len(found) == 3:
-        raise UserError(
-            f"The tuning {tuning!r} is {method.method}, which has no view yet: soft prompts, low-rank products and whole weights have."
-        )
     folder = session.directory.path / "inspect"
     write_json(folder / f"{tuning}.json", found)
     write_whole(folder / f"{tuning}.svg", picture(found).encode())

@@ -12,13 +12,12 @@ from luthier.data.task import Task
 from luthier.directory import RunDirectory
 from luthier.errors import Interrupted, UserError
 from luthier.evaluation.human import human_score
-from luthier.files import write_json, write_whole
 from luthier.metrics import METRICS, metric
 from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
 from luthier.recipe import BASELINE, Recipe
 from luthier.report.build import build_report
-from luthier.report.page import page
+from luthier.report.files import write_report
 from luthier.report.schema import Report
 from luthier.tuning import FewShot, Method, attach, detach
 
@@ -138,11 +137,10 @@ def _report(directory: RunDirectory, recipe: Recipe) -> Report:
         directory.audit(),
         directory.result(BASELINE) or {"scores": {}},
         results,
-        {name: directory.predictions(name) for name in recipe.tunings},
+        {name: directory.answers(name) for name in (BASELINE, *recipe.tunings)},
         {task.name: _human(recipe, task) for task in recipe.tasks},
     )
-    write_json(directory.path / "report.json", report.model_dump(mode="json"))
-    write_whole(directory.path / "report.html", page(report).encode())
+    write_report(directory.path, report)
     directory.forget_checkpoints()
     return report
 

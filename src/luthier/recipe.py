@@ -24,6 +24,7 @@ from luthier.encoding.encoder import Encoder, PromptTokens
 from luthier.errors import UserError, nearest
 from luthier.files import plain_name
 from luthier.metrics import metric, reading
+from luthier.models.decoding import Decoding
 from luthier.models.load import DEFAULT_CONTEXT, BaseSpec, context_length, read_tokenizer
 from luthier.shorthand import expand
 from luthier.training.settings import TrainingSettings
@@ -70,6 +71,7 @@ class Recipe(BaseModel):
     )
     training: TrainingSettings = Field(TrainingSettings(), description="Training settings of every tuning.")
     retention: list[Task] = Field([], description="Tasks scored before and after, to see what a tuning forgets.")
+    decoding: Decoding = Field(Decoding(), description="How answers are written: greedy, drawn or searched with beams.")
     max_length: int = Field(1024, ge=16, description="Longest row in tokens; longer prompts lose their middle.")
     allow: list[str] = Field([], description="Kinds of audit errors to go on with, as warnings.")
     seed: int = Field(0, ge=0, description="Seed of splits, shots, order and new weights.")
@@ -280,6 +282,8 @@ def _allowed(place: list[str], loc: Sequence[Any]) -> list[str]:
     if place[0] == "tunings":
         kind = METHODS.get(str(loc[3])) if len(loc) > 3 else None
         return [*(one.name for one in fields(kind)), "training", "tasks"] if kind else []  # type: ignore[arg-type]
+    if place[0] == "decoding":
+        return [one.name for one in fields(Decoding)]
     if place[0] == "base":
         return [one.name for one in fields(BaseSpec)]
     from luthier.data.source import Source

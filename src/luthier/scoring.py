@@ -47,7 +47,12 @@ def validate(stage: Stage, rows: list[Encoded], reserve: int, watch: str = "loss
     scores: dict[str, float] = {}
     if watch not in ("loss", "accuracy"):
         longest = max(task.max_new_tokens for task, _ in stage.tasks)
-        found = measure(answer(stage.base, stage.encoder, validation_examples(stage), longest, reserve), [watch])
+        found = measure(
+            answer(
+                stage.base, stage.encoder, validation_examples(stage), longest, reserve, decoding=stage.recipe.decoding
+            ),
+            [watch],
+        )
         scores[watch] = found[watch].value
     if isinstance(stage.recipe.task, Task) and stage.recipe.task.choices:
         answers = answer(stage.base, stage.encoder, validation_examples(stage), 1, reserve)
@@ -74,7 +79,11 @@ def score_retention(stage: Stage, name: str, reserve: int) -> dict[str, Any]:
 
 
 def _score(stage: Stage, name: str, task: Task, examples: Sequence[Example], reserve: int) -> dict[str, Any]:
-    """Answer a task's test examples; write the predictions; return the report's entries and values."""
+    """Answer a task's test examples; write the predictions as they come; return the report's entries and values.
+
+    A stage that was stopped here goes on behind the answers it has; they are those of the same weights, because what is
+    trained is saved before anything is scored.
+    """
     if not examples:
         raise UserError(f"The test split of task {task.name!r} has no rows.")
 
@@ -91,7 +100,18 @@ def _score(stage: Stage, name: str, task: Task, examples: Sequence[Example], res
     if own:
         scores |= losses(stage.base, encode(stage, examples, reserve, task.name), own)
     if named:
-        predictions = answer(stage.base, stage.encoder, examples, task.max_new_tokens, reserve, tell)
+        answers = stage.directory.answers_so_far(name, task.name)
+        predictions = answer(
+            stage.base,
+            stage.encoder,
+            examples,
+            task.max_new_tokens,
+            reserve,
+            tell,
+            stage.recipe.decoding,
+            answers.known(),
+            answers.keep,
+        )
         scores |= measure(predictions, named)
         lines = [
             {

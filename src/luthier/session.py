@@ -10,6 +10,7 @@ from luthier.data.templates import AnyTemplate, resolve_templates
 from luthier.directory import RunDirectory
 from luthier.errors import UserError, nearest
 from luthier.models.base import BaseModel
+from luthier.models.decoding import Decoding
 from luthier.models.generate import generate
 from luthier.tuning import FewShot, Method
 from luthier.tuning.files import load_tuning
@@ -32,8 +33,9 @@ class Session:
         task: str | None = None,
         raw: bool = False,
         max_new_tokens: int | None = None,
+        decoding: Decoding | None = None,
     ) -> list[str]:
-        """Answer texts with a tuning of the run (None: the bare base), greedily.
+        """Answer texts with a tuning of the run (None: the bare base), decoded as the recipe says or as given.
 
         A mapping fills the task's template by name, a text where it has a single variable; with `raw` a
         text is the prompt itself. `task` names one of a mixture, whose template is then used. Raises UserError for an unknown tuning and for a prompt longer than the context.
@@ -52,7 +54,9 @@ class Session:
                     "lower --max-new-tokens or raise max_length in the recipe."
                 )
             prompts.append(prompt)
-        return [self.encoder.decode(ids) for ids in generate(self.base, prompts, new_tokens, self.encoder.stops)]
+        chosen = decoding or self.recipe.decoding
+        written = generate(self.base, prompts, new_tokens, self.encoder.stops, decoding=chosen)
+        return [self.encoder.decode(ids) for ids in written]
 
     def _use(self, tuning: str | None) -> int:
         if tuning is None:

@@ -2,16 +2,19 @@
 
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from tests import tiny
 
 from luthier.data.task import Example
+from luthier.directory import Answers
 from luthier.encoding.encoder import Encoder
 from luthier.evaluation.score import answer, loss_and_accuracy, losses, measure
 from luthier.models.base import BaseModel
-from luthier.models.generate import generate
+from luthier.models.decoding import Decoding
+from luthier.models.generate import batches_by_length, generate
 
 FAMILIES = ("llama", "gpt2", "opt", "t5")
 
@@ -94,3 +97,41 @@ def test_answers_keep_the_order_given(family: str) -> None:
     for row, one in zip(rows, found, strict=True):
         ids = generate(base, [encoder.prompt_ids(row)], 6, encoder.stops)[0]
         assert one.prediction == encoder.decode(ids)
+
+
+@pytest.mark.parametrize("choices", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_that_were_known_are_not_computed_again(
+    family: str, choices: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("luthier.evaluation.score.batches_by_length", lambda prompts: batches_by_length(prompts, 4))
+    monkeypatch.setattr("luthier.evaluation.score.EVALUATION_TOKENS", 60)
+    base, rows = tiny.make(family), examples(11, choices)
+    encoder, warm = encoder_of(base), Decoding(temperature=1.5)
+    expected = answer(base, encoder, rows, 4, decoding=warm)
+
+    class Killed(Exception):
+        pass
+
+    def keep_and_die(found: dict[int, str]) -> None:
+        if len(answers.known()) >= 4:
+            raise Killed
+        answers.keep(found)
+
+    answers = Answers(tmp_path / "predictions" / "lora.partial")
+    with pytest.raises(Killed):
+        answer(base, encoder, rows, 4, decoding=warm, known=answers.known(), keep=keep_and_die)
+    known = answers.known()
+    assert 4 <= len(known) < 11
+    with answers.path.open("ab") as file:  # a kill in the middle of a line
+        file.write('{"place": 10, "prediction": "caf\u00e9'.encode()[:-1])
+    again: list[int] = []
+
+    def keep(found: dict[int, str]) -> None:
+        again.extend(found)
+        answers.keep(found)
+
+    found = answer(base, encoder, rows, 4, decoding=warm, known=answers.known(), keep=keep)
+    assert found == expected
+    assert sorted([*known, *again]) == list(range(11)), "each once"
+    assert answers.known() == {place: one.prediction for place, one in enumerate(expected)}

@@ -126,7 +126,6 @@ def has_formula(method: Method) -> bool:
 
 
 DTYPES = (torch.float32, torch.bfloat16)
-each_case = _cases(DTYPES[:1])
 each_case_and_dtype = _cases(DTYPES)
 each_case_with_formula = _cases(DTYPES[:1], has_formula)
 each_case_that_merges = _cases(DTYPES, lambda method: method.laws.merge.holds)

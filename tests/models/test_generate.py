@@ -1,4 +1,4 @@
-"""Greedy decoding writes the tokens transformers' own generate writes, row by row."""
+"""Decoding writes the tokens transformers' own generate writes, row by row; draws are those of the written-out rule."""
 
 import random
 
@@ -8,6 +8,7 @@ from tests import tiny
 
 from luthier.encoding.batches import collate
 from luthier.encoding.encoder import Encoded
+from luthier.models.decoding import Decoding, narrowed
 from luthier.models.generate import generate
 from luthier.tuning import IA3, Bottleneck, LoRA, PrefixTuning, PromptTuning, Selective, attach, parameters
 
@@ -19,11 +20,16 @@ def prompts_for(top: int, count: int = 7) -> list[list[int]]:
     return [[draw.randint(3, top - 1) for _ in range(draw.randint(2, 25))] for _ in range(count)]
 
 
-def own(plain, prompt: list[int], new_tokens: int, stop: int) -> list[int]:
+def own(plain, prompt: list[int], new_tokens: int, stop: int, **options) -> list[int]:
     if not plain.encoder_decoder:
         plain.model.set_attn_implementation("eager")
     out = plain.model.generate(
-        torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=stop
+        torch.tensor([prompt]),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=stop,
+        **options,
     )[0].tolist()
     out = out[1:] if plain.encoder_decoder else out[len(prompt) :]
     return out[: out.index(stop)] if stop in out else out
@@ -83,3 +89,77 @@ def test_tuned_generation_is_slow_generation_row_by_row(family: str) -> None:
         assert together != bare, "the tuning has no effect"
     base.use(None)
     assert generate(base, prompts, 8, [2]) == bare
+
+
+@pytest.mark.parametrize("name", [None, "lora", "prompt", "prefix"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2"])
+def test_what_prompts_share_is_computed_once(family: str, name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny.make(family)
+    top = base.embedding.weight.shape[0]
+    shots = prompts_for(top, 1)[0][:1] * 3 + list(range(5, 45))
+    prompts = [shots + prompt for prompt in prompts_for(top, 5)] + [[*shots, 7]]
+    if name:
+        attach(base, name, TUNINGS[name], seed=1)
+        with torch.no_grad():
+            for parameter in parameters(base, name).values():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    base.use(name)
+    run, sizes = base.run_packed, []
+    monkeypatch.setattr(base, "run_packed", lambda *given: sizes.append(given[0].shape[1]) or run(*given))
+    found = generate(base, prompts, 8, [2])
+    assert sizes[0] >= len(shots) and sizes[1] == sum(len(prompt) - len(shots) for prompt in prompts)
+    assert found == [slow(base, prompt, 8, 2) for prompt in prompts]
+
+
+@pytest.mark.parametrize(("beams", "penalty"), [(2, 1.0), (4, 0.0), (3, 2.0)])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "t5"])
+def test_beams_are_those_of_transformers(family: str, beams: int, penalty: float) -> None:
+    base, plain = tiny.make(family), tiny.make(family)
+    prompts = prompts_for(base.embedding.weight.shape[0], 5)
+    free = own(plain, prompts[0], 10, 2)
+    stop = free[len(free) // 2] if free else 2
+    options = {"num_beams": beams, "length_penalty": penalty}
+    expected = [own(plain, prompt, 10, stop, **options) for prompt in prompts]
+    assert generate(base, prompts, 10, [stop], batch_rows=3, decoding=Decoding(beams, penalty)) == expected
+    assert expected != generate(base, prompts, 10, [stop]), "a search that finds what greed finds shows nothing"
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "t5"])
+def test_draws_follow_from_the_seed_and_the_rows_place(family: str) -> None:
+    base = tiny.make(family)
+    prompts = prompts_for(base.embedding.weight.shape[0], 5)
+    warm = Decoding(temperature=1.5, seed=3)
+    found = generate(base, prompts, 8, [2], decoding=warm)
+    assert generate(base, prompts, 8, [2], batch_rows=2, decoding=warm) == found, "batches change nothing"
+    assert generate(base, prompts[3:], 8, [2], decoding=warm, places=[3, 4]) == found[3:]
+    assert generate(base, prompts, 8, [2], decoding=Decoding(temperature=1.5, seed=4)) != found
+    assert (
+        generate(base, [prompts[0]] * 2, 8, [2], decoding=warm)[0]
+        != generate(base, [prompts[0]] * 2, 8, [2], decoding=warm)[1]
+    )
+    greedy = generate(base, prompts, 8, [2])
+    assert generate(base, prompts, 8, [2], decoding=Decoding(temperature=1.5, top_k=1)) == greedy
+    assert generate(base, prompts, 8, [2], decoding=Decoding(temperature=1e-4)) == greedy
+
+
+def test_draws_have_the_models_probabilities() -> None:
+    base = tiny.make("llama")
+    prompt = prompts_for(base.embedding.weight.shape[0], 1)[0]
+    with torch.no_grad():
+        state = base.target_states(collate([Encoded("row", prompt, [0])], None))
+        logits = base.logits(state[-1:])
+    expected = narrowed(logits / 2.0, 5, 1.0)[0]
+    drawn = generate(base, [prompt] * 600, 1, [], batch_rows=300, decoding=Decoding(temperature=2.0, top_k=5))
+    counts = torch.bincount(torch.tensor([one[0] for one in drawn]), minlength=len(expected)) / 600
+    assert int((expected > 0).sum()) == 5 and float(counts[expected == 0].sum()) == 0.0
+    assert float((counts - expected).abs().max()) < 4 * (0.25 / 600) ** 0.5
+
+
+def test_what_is_drawn_from_is_narrowed_as_written() -> None:
+    logits = torch.tensor([[0.5, 0.2, 0.2, 0.06, 0.04]]).log()
+    for top_p, kept in ((0.5, [0]), (0.51, [0, 1]), (0.75, [0, 1, 2]), (0.95, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3, 4])):
+        found = narrowed(logits, 0, top_p)[0]
+        assert found.nonzero().flatten().tolist() == kept
+        assert float(found.sum()) == pytest.approx(1.0)
+        torch.testing.assert_close(found[kept], logits.exp()[0, kept] / logits.exp()[0, kept].sum())
+    assert narrowed(logits, 4, 0.9)[0].nonzero().flatten().tolist() == [0, 1, 2]  # of the four, these hold 0.9

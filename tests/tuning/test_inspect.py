@@ -8,7 +8,9 @@ from tests import tiny
 from tests.laws.test_methods import disturb, make_rows, scores
 
 from luthier.models.dense import dense_weight
-from luthier.tuning import Full, LoRA, PromptTuning, attach, parameters
+from luthier.models.observe import keys_and_values
+from luthier.tuning import IA3, Bottleneck, Full, LoRA, PrefixTuning, PromptTuning, attach, parameters
+from luthier.tuning.inspect_added import inspect_adapters, inspect_prefix, inspect_scalings
 from luthier.tuning.inspect_prompt import inspect_prompt, replaced_by_tokens
 from luthier.tuning.inspect_weights import effective_rank, inspect_lora, inspect_substitutes, singular_values
 
@@ -129,7 +131,7 @@ def test_spectra_are_those_of_the_formed_products(family: str, quantize) -> None
         path: 2.0 * owned[f"{path}.lora_B.weight"] @ owned[f"{path}.lora_A.weight"]
         for path in dict.fromkeys(key.rpartition(".lora_")[0] for key in owned)
     }
-    whole = sum(float(product.square().sum()) for product in products.values())
+    whole = sum(float(product.detach().square().sum()) for product in products.values())
     found = inspect_lora(base, "t")
     assert [one.path for one in found] == list(products)
     for one in found:
@@ -179,3 +181,55 @@ def test_changes_are_relative_to_the_base_block_by_block() -> None:
     assert (changed.most_moved, changed.most_relative) == (key, pytest.approx(0.5, rel=1e-4))
     assert found.keys() == {"model.embed_tokens", "model.layers.0", "model.norm"}
     assert all(one.relative == 0.0 for one in found.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_adapters_show_the_spectrum_of_their_linear_part(family: str) -> None:
+    base = tiny.make(family)
+    attach(base, "t", Bottleneck(reduction=8))
+    assert all(one.norm == 0.0 for one in inspect_adapters(base, "t"))
+    disturb(base, "t")
+    owned, found = parameters(base, "t"), inspect_adapters(base, "t")
+    assert len(found) == len(owned) // 4 and sum(one.energy for one in found) == pytest.approx(1.0)
+    for one in found:
+        product = owned[f"{one.path}.adapter_up.weight"] @ owned[f"{one.path}.adapter_down.weight"]
+        expected = torch.linalg.svdvals(product.detach())[: one.rank]
+        torch.testing.assert_close(torch.tensor(one.singular_values), expected, atol=1e-5, rtol=1e-4)
+        assert one.relative is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_factors_are_counted_from_one(family: str) -> None:
+    base = tiny.make(family)
+    attach(base, "t", IA3())
+    assert all((one.change, one.smallest, one.largest) == (0.0, 1.0, 1.0) for one in inspect_scalings(base, "t"))
+    owned = parameters(base, "t")
+    first = next(iter(owned))
+    with torch.no_grad():
+        owned[first][0], owned[first][1] = 3.0, 0.5
+    found = inspect_scalings(base, "t")
+    assert [f"{one.path}.ia3_l" for one in found] == list(owned)
+    one = found[0]
+    assert (one.smallest, one.largest, one.channels) == (0.5, 3.0, len(owned[first]))
+    assert one.change == pytest.approx(math.sqrt((4.0 + 0.25) / one.channels))
+    assert one.amplified == pytest.approx(1 / one.channels)
+    assert all(other.change == 0.0 for other in found[1:])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "t5"])
+def test_a_fresh_prefix_has_the_norms_of_its_text(family: str) -> None:
+    base = tiny.make(family)
+    length = len(base.tokenizer(TEXT, add_special_tokens=False).input_ids)
+    attach(base, "t", PrefixTuning(length=length, init_text=TEXT))
+    layers = inspect_prefix(base, "t")
+    text = keys_and_values(base, base.tokenizer(TEXT, add_special_tokens=False).input_ids)
+    readers = base.grafts.prefixes["t"].readers
+    for one in layers:
+        pair = text[readers.index(readers[one.layer])]
+        assert one.key_norm == pytest.approx(float(pair[0].norm(dim=-1).mean()), rel=1e-4)
+        assert one.value_norm == pytest.approx(float(pair[1].norm(dim=-1).mean()), rel=1e-4)
+        assert one.usual_key_norm > 0 and one.usual_value_norm > 0
+        assert one.alike is not None and one.alike < 0.99
+    with torch.no_grad():
+        base.grafts.prefixes["t"].prompt_embeddings.copy_(base.grafts.prefixes["t"].prompt_embeddings[:1].clone())
+    assert all(one.alike == pytest.approx(1.0) for one in inspect_prefix(base, "t"))

@@ -61,6 +61,19 @@ def plan(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Finished run directories.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, .md, .csv and .json.")] = Path("runs/compare"),
+) -> None:
+    """Which run? Compare the tunings of several runs: other bases, settings, or seeds of one recipe."""
+    from luthier.report.compare import compare_runs
+    from luthier.report.table import print_report
+
+    print_report(compare_runs(runs, out), console)
+    console.print(f"report: {out / 'report.html'}   (numbers: {out / 'report.json'})", soft_wrap=True)
+
+
+@app.command()
 def schema(
     what: Annotated[str, typer.Argument(help="recipe or report.")] = "recipe",
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,11 @@ def generate(
     task: Annotated[str | None, typer.Option(help="Of a mixture: the task whose template the text fills.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="The text is the whole prompt; use no template.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: the task's.")] = None,
+    beams: Annotated[int | None, typer.Option(help="Keep this many partial answers and take the best.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Draw tokens; 0 is greedy. Default: the recipe's.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among so many tokens; 0: all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the tokens that reach this probability.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of what is drawn.")] = None,
 ) -> None:
     """Use it: answer texts with a saved tuning."""
     from luthier.files import write_whole
@@ -34,7 +40,13 @@ def generate(
     if (text is None) == (file is None):
         raise UserError("Give either a text or --file FILE.")
     texts: list[str | dict[str, Any]] = [text] if text is not None else _lines(file or Path())
-    answers = Session(run).generate(texts, tuning, task=task, raw=raw, max_new_tokens=max_new_tokens)
+    session = Session(run)
+    asked: dict[str, Any] = {"beams": beams, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    try:
+        decoding = replace(session.recipe.decoding, **{key: value for key, value in asked.items() if value is not None})
+    except ValueError as error:
+        raise UserError(f"{str(error)[0].upper()}{str(error)[1:]}.") from None
+    answers = session.generate(texts, tuning, task=task, raw=raw, max_new_tokens=max_new_tokens, decoding=decoding)
     if out:
         pairs = zip(texts, answers, strict=True)
         lines = [json.dumps({"text": one, "answer": said}, ensure_ascii=False) + "\n" for one, said in pairs]
@@ -81,7 +93,7 @@ def inspect(
     rows: Annotated[int, typer.Option(min=0, help="Held-out rows on which a soft prompt is scored; 0: none.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
-    """What did it learn? A soft prompt in words, LoRA's spectra, or how far each block moved."""
+    """What did it learn? A soft prompt in words, spectra of products, factors, or how far each block moved."""
     from luthier.inspect_tuning import inspect as inspect_tuning
     from luthier.report.inspection import print_inspection
 

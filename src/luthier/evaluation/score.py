@@ -1,6 +1,6 @@
 """Scoring a base with its active tuning: validation loss, generated answers, answer choices."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,8 @@ from luthier.encoding.encoder import Encoded, Encoder, cut_middle
 from luthier.metrics import MODEL_METRICS, metric
 from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
-from luthier.models.generate import generate
+from luthier.models.decoding import Decoding
+from luthier.models.generate import GREEDY, batches_by_length, generate
 from luthier.models.loss import label_scores
 
 EVALUATION_TOKENS = 4096
@@ -63,24 +64,41 @@ def answer(
     max_new_tokens: int,
     reserve: int = 0,
     tell: Callable[[int, int], None] = lambda done, of: None,
+    decoding: Decoding = GREEDY,
+    known: Mapping[int, str] | None = None,
+    keep: Callable[[dict[int, str]], None] = lambda found: None,
 ) -> list[Prediction]:
-    """Answer each example with the active tuning: by its choices where it has some, else by generating."""
+    """Answer each example with the active tuning: by its choices where it has some, else by generating.
+
+    Answers are given to `keep` batch by batch, by the example's place; batches whose answers are all `known` from before
+    are not computed again. The batches are always the same, so what is computed does not depend on what was known.
+    """
     prompts = [_prompt(encoder, example, reserve + max_new_tokens) for example in examples]
-    if all(example.choices for example in examples):
-        texts = _choose(base, encoder, examples, prompts, tell)
-    else:
-        done = 0
-
-        def finished(_: int, __: list[int]) -> None:
-            nonlocal done
-            done += 1
-            tell(done, len(prompts))
-
-        written = generate(base, prompts, max_new_tokens, encoder.stops, on_finished=finished)
-        texts = [encoder.decode(ids) for ids in written]
+    texts = dict(known or {})
+    choices = bool(examples) and all(example.choices for example in examples)
+    batches = _by_size(base, encoder, examples, prompts) if choices else batches_by_length(prompts)
+    for places in batches:
+        if not all(place in texts for place in places):
+            if choices:
+                found = _choose(
+                    base, encoder, [examples[place] for place in places], [prompts[place] for place in places]
+                )
+            else:
+                found = _write(base, encoder, prompts, places, max_new_tokens, decoding, len(texts), tell)
+            answered = dict(zip(places, found, strict=True))
+            keep(answered)
+            texts |= answered
+        tell(len(texts), len(prompts))
     return [
-        Prediction(example.id, example.prompt, encoder.prompt_text(example), text, example.references, len(prompt))
-        for example, text, prompt in zip(examples, texts, prompts, strict=True)
+        Prediction(
+            example.id,
+            example.prompt,
+            encoder.prompt_text(example),
+            texts[place],
+            example.references,
+            len(prompts[place]),
+        )
+        for place, example in enumerate(examples)
     ]
 
 
@@ -96,13 +114,32 @@ def _prompt(encoder: Encoder, example: Example, reserve: int) -> list[int]:
     return cut_middle(encoder.prompt_ids(example), room)
 
 
-def _choose(
+def _write(
     base: BaseModel,
     encoder: Encoder,
-    examples: Sequence[Example],
     prompts: Sequence[list[int]],
+    places: list[int],
+    max_new_tokens: int,
+    decoding: Decoding,
+    before: int,
     tell: Callable[[int, int], None],
 ) -> list[str]:
+    """Generate the answers of one batch; `before` answers are there already."""
+    done = before
+
+    def finished(_: int, __: list[int]) -> None:
+        nonlocal done
+        done += 1
+        tell(min(done, len(prompts)), len(prompts))
+
+    chosen = [prompts[place] for place in places]
+    written = generate(
+        base, chosen, max_new_tokens, encoder.stops, on_finished=finished, decoding=decoding, places=places
+    )
+    return [encoder.decode(ids) for ids in written]
+
+
+def _choose(base: BaseModel, encoder: Encoder, examples: Sequence[Example], prompts: Sequence[list[int]]) -> list[str]:
     """The choice with the highest mean log-probability a token; each prompt is computed once."""
     rows: list[Question] = []
     for example, prompt in zip(examples, prompts, strict=True):
@@ -111,12 +148,7 @@ def _choose(
             rows.append((example.id, prompt, choices))
         else:  # rows cannot fork without packing: every choice brings its own prompt
             rows += [(example.id, prompt, [choice]) for choice in choices]
-    scores: list[list[float]] = [[] for _ in rows]
-    for places in _groups(rows, EVALUATION_TOKENS):
-        for place, found in zip(places, _choice_scores(base, [rows[place] for place in places]), strict=True):
-            scores[place] = found
-        tell(sum(map(bool, scores)), len(rows))
-    flat = iter([score for row in scores for score in row])
+    flat = iter([score for row in _choice_scores(base, rows) for score in row])
     return [example.choices[int(np.argmax([next(flat) for _ in example.choices]))] for example in examples]
 
 
@@ -131,12 +163,19 @@ def _choice_scores(base: BaseModel, rows: list[Question]) -> list[list[float]]:
     return found
 
 
-def _groups(rows: Sequence[Question], budget: int) -> list[list[int]]:
-    sizes = [len(prompt) + sum(map(len, choices)) for _, prompt, choices in rows]
+def _by_size(
+    base: BaseModel, encoder: Encoder, examples: Sequence[Example], prompts: Sequence[list[int]]
+) -> list[list[int]]:
+    """Which questions with choices are scored together, the longest first: as many as the tokens' budget holds."""
+    sizes = []
+    for example, prompt in zip(examples, prompts, strict=True):
+        answers = sum(len(encoder.target_ids(choice)) - 1 for choice in example.choices)
+        copies = 1 if base.packs or base.encoder_decoder else len(example.choices)
+        sizes.append(len(prompt) * copies + answers)
     groups: list[list[int]] = []
     total = 0
-    for place in sorted(range(len(rows)), key=lambda place: -sizes[place]):
-        if not groups or total + sizes[place] > budget:
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        if not groups or total + sizes[place] > EVALUATION_TOKENS:
             groups.append([])
             total = 0
         groups[-1].append(place)

@@ -1,15 +1,31 @@
-"""Batched greedy decoding: rows sorted by length, finished rows leave the batch."""
+"""Batched decoding: rows sorted by length, what they begin with alike computed once, finished rows leave the batch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
 from luthier.models.attention import Packing, RowCache
 from luthier.models.base import BaseModel
-from luthier.models.batch import Packed, Segment
+from luthier.models.batch import Packed
+from luthier.models.beams import Beams
+from luthier.models.decoding import Chooser, Decoding
 from luthier.models.padding import pad_left
+from luthier.models.prefix import Prefixes
+
+# Rows decoded together, and the least tokens that are worth computing once for all of them.
+BATCH_ROWS, SHARED = 32, 32
+
+GREEDY = Decoding()
+
+
+def batches_by_length(prompts: Sequence[Sequence[int]], batch_rows: int = BATCH_ROWS) -> list[list[int]]:
+    """Which prompts are decoded together: neighbours in length, the longest first."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    return [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
 
 
 @torch.no_grad()
@@ -18,21 +34,23 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     stop: Sequence[int],
-    batch_rows: int = 32,
+    batch_rows: int = BATCH_ROWS,
     on_finished: Callable[[int, list[int]], None] | None = None,
+    decoding: Decoding = GREEDY,
+    places: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt greedily with the active tuning until a stop token or `max_new_tokens`.
+    """Continue each prompt with the active tuning until a stop token or `max_new_tokens`.
 
     Returns the new token ids of each prompt, in the order given, without the stop token.
-    `on_finished(i, ids)` is called as soon as prompt i is done.
+    `on_finished(i, ids)` is called as soon as prompt i is done. `places` are the prompts' numbers, from which their draws
+    follow; by default 0, 1, 2 ...
     """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    numbers = range(len(prompts)) if places is None else places
     results: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), batch_rows):
-        rows = order[start : start + batch_rows]
+    for rows in batches_by_length(prompts, batch_rows):
         chunk = [list(prompts[i]) for i in rows]
-        decode = _decode_packed if base.packs else _decode_padded
-        for place, ids in decode(base, chunk, max_new_tokens, set(stop)):
+        decode = _decode_padded if not base.packs else _decode_beams if decoding.beams > 1 else _decode_packed
+        for place, ids in decode(base, chunk, max_new_tokens, set(stop), decoding, [numbers[i] for i in rows]):
             results[rows[place]] = ids
             if on_finished:
                 on_finished(rows[place], ids)
@@ -40,25 +58,15 @@ def generate(
 
 
 def _decode_packed(
-    base: BaseModel, prompts: list[list[int]], new_tokens: int, stop: set[int]
+    base: BaseModel, prompts: list[list[int]], new_tokens: int, stop: set[int], decoding: Decoding, numbers: list[int]
 ) -> Iterator[tuple[int, list[int]]]:
-    """Prefill all prompts as one packed row, then one token a row and step."""
-    device = base.device
-    packed = Packed(torch.tensor([token for row in prompts for token in row], device=device), tuple(map(len, prompts)))
-    segments: tuple[Segment, ...] = ()
-    embedded, lengths, _ = base.embed(packed, segments)
-    prefixes = base.grafts.prefixes_of(range(len(prompts)), segments)
-    cache = RowCache(lengths, new_tokens, prefixes)
-    starts = prefixes.lengths if prefixes else ()
-    positions = torch.tensor(Packed(packed.ids, lengths).positions(starts), device=device)
-    packing = Packing(lengths, cache=cache, prefixes=prefixes)
-    states = base.run_packed(embedded[None], positions[None], packing)[0]
-    states = states[torch.tensor(lengths, device=device).cumsum(0) - 1]  # (rows, D), each row's last
-    cache.prompts_are_in(device)
+    """One token a row and step."""
+    states, cache = _prefill(base, prompts, new_tokens)
+    choose = Chooser(decoding, numbers)
     alive = list(range(len(prompts)))
     written: list[list[int]] = [[] for _ in prompts]
     for step in range(new_tokens):
-        tokens = base.logits(states).argmax(-1)  # (rows,)
+        tokens = choose(base.logits(states), alive)  # (rows,)
         keep = []
         for place, (row, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
             if token in stop:
@@ -70,19 +78,109 @@ def _decode_packed(
             alive = [alive[place] for place in keep]
             break
         if len(keep) < len(alive):
-            rows = torch.tensor(keep, device=device)
+            rows = torch.tensor(keep, device=base.device)
             cache.keep(rows)
             tokens, alive = tokens[rows], [alive[place] for place in keep]
-        assert cache.filled is not None
-        packing = Packing((), cache=cache)
-        states = base.run_packed(base.embedding(tokens)[:, None], cache.filled[:, None], packing)[:, 0]
-        cache.advance()
+        states = _step(base, cache, tokens)
     for row in alive:
         yield row, written[row]
 
 
+def _decode_beams(
+    base: BaseModel, prompts: list[list[int]], new_tokens: int, stop: set[int], decoding: Decoding, numbers: list[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """One token a partial answer and step; the partial answers of a row stand together in the batch."""
+    states, cache = _prefill(base, prompts, new_tokens)
+    searches = {row: Beams(decoding, stop, new_tokens) for row in range(len(prompts))}
+    while searches:
+        logits, start = base.logits(states), 0
+        kept: list[int] = []
+        tokens: list[int] = []
+        for row, beams in list(searches.items()):
+            width = len(beams.written)
+            parents = beams.extend(logits[start : start + width])
+            if parents:
+                kept += [start + parent for parent in parents]
+                tokens += [ids[-1] for ids in beams.written]
+            else:
+                yield row, beams.best()
+                del searches[row]
+            start += width
+        if searches:
+            cache.keep(torch.tensor(kept, device=base.device))
+            states = _step(base, cache, torch.tensor(tokens, device=base.device))
+
+
+def _prefill(base: BaseModel, prompts: list[list[int]], new_tokens: int) -> tuple[Tensor, RowCache]:
+    """Run all prompts as one packed row: the last state of each (rows, D), and what they leave to attend to.
+
+    What all of them begin with (shots, a system prompt) runs once, and stands before each as a prefix does.
+    """
+    device = base.device
+    prefixes = base.grafts.prefixes_of(range(len(prompts)), ())
+    shared = _shared(prompts)
+    if shared:
+        before = _keys_values(base, prompts[0][:shared])
+        prefixes = Prefixes((before,) * len(prompts))
+        prompts = [row[shared:] for row in prompts]
+    packed = Packed(torch.tensor([token for row in prompts for token in row], device=device), tuple(map(len, prompts)))
+    if shared:  # a soft prompt stands in what is shared already
+        embedded, lengths = base.embedding(packed.ids), packed.lengths
+    else:
+        embedded, lengths, _ = base.embed(packed, ())
+    cache = RowCache(lengths, new_tokens, prefixes)
+    starts = prefixes.lengths if prefixes else ()
+    positions = torch.tensor(Packed(packed.ids, lengths).positions(starts), device=device)
+    packing = Packing(lengths, cache=cache, prefixes=prefixes)
+    states = base.run_packed(embedded[None], positions[None], packing)[0]
+    cache.prompts_are_in(device)
+    return states[torch.tensor(lengths, device=device).cumsum(0) - 1], cache
+
+
+def _shared(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with alike, where it pays; each keeps at least one of its own."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # what these two share, all between them do
+    limit = min(map(len, prompts)) - 1
+    count = next((at for at in range(limit) if first[at] != last[at]), limit)
+    return count if count >= SHARED else 0
+
+
+def _keys_values(base: BaseModel, ids: list[int]) -> Tensor:
+    """(layers, 2, K, P, d): keys and values of these tokens, behind the active tuning's own prefix or soft prompt."""
+    packed = Packed(torch.tensor(ids, device=base.device), (len(ids),))
+    embedded, lengths, _ = base.embed(packed, ())
+    prefixes = base.grafts.prefixes_of(range(1), ())
+    cache = RowCache(lengths, 0, prefixes)
+    starts = prefixes.lengths if prefixes else ()
+    positions = torch.tensor(Packed(packed.ids, lengths).positions(starts), device=base.device)
+    base.run_packed(embedded[None], positions[None], Packing(lengths, cache=cache, prefixes=prefixes))
+    return torch.stack([torch.stack([cache.keys[layer][0], cache.values[layer][0]]) for layer in sorted(cache.keys)])
+
+
+def _step(base: BaseModel, cache: RowCache, tokens: Tensor) -> Tensor:
+    """Run one new token a row; (rows, D)."""
+    assert cache.filled is not None
+    packing = Packing((), cache=cache)
+    states = base.run_packed(base.embedding(tokens)[:, None], cache.filled[:, None], packing)[:, 0]
+    cache.advance()
+    return states
+
+
+class _Drawn(LogitsProcessor):
+    """Leaves transformers' greedy choice nothing but the token that was drawn."""
+
+    def __init__(self, choose: Chooser):
+        self.choose = choose
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens = self.choose(scores, range(len(scores)))
+        return torch.full_like(scores, float("-inf")).scatter(1, tokens[:, None], 0.0)
+
+
 def _decode_padded(
-    base: BaseModel, prompts: list[list[int]], new_tokens: int, stop: set[int]
+    base: BaseModel, prompts: list[list[int]], new_tokens: int, stop: set[int], decoding: Decoding, numbers: list[int]
 ) -> Iterator[tuple[int, list[int]]]:
     """Decode through transformers' own generate: encoder-decoders, and families that do not pack."""
     packed = Packed(
@@ -91,10 +189,14 @@ def _decode_padded(
     options: dict[str, Any] = {
         "max_new_tokens": new_tokens,
         "do_sample": False,
-        "num_beams": 1,
+        "num_beams": decoding.beams,
         "eos_token_id": sorted(stop),
         "pad_token_id": sorted(stop)[0],
     }
+    if decoding.beams > 1:
+        options["length_penalty"] = decoding.length_penalty
+    if decoding.temperature:
+        options["logits_processor"] = LogitsProcessorList([_Drawn(Chooser(decoding, numbers))])
     prefixes = base.grafts.prefixes_of(range(len(prompts)), ())
     if base.encoder_decoder:
         encoded, mask = base.encode(packed, ())

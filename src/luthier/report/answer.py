@@ -1,7 +1,7 @@
 """The finding in words: is prompting enough, and if not, which tuning?"""
 
 from luthier.metrics import MODEL_METRICS, reading
-from luthier.report.figures import better, figure, gain, rank
+from luthier.report.figures import better, examples_of, figure, gain, rank
 from luthier.report.schema import Report, Retention
 
 
@@ -44,7 +44,7 @@ def _named(report: Report, name: str) -> str:
 
 def _count(report: Report) -> str:
     signature = report.tunings[next(iter(report.tunings))].scores[report.task][report.metric].signature
-    return next((part[2:] for part in signature.split("|") if part.startswith("n:")), "these")
+    return str(examples_of(signature) or "these")
 
 
 def _better(report: Report, ours: str, theirs: str) -> bool:

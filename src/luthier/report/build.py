@@ -1,6 +1,6 @@
 """From the stages' results to one report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -10,21 +10,23 @@ from luthier.data.task import Task
 from luthier.evaluation.bootstrap import compare, holm
 from luthier.evaluation.kept import MEAN, entry, sampled
 from luthier.metrics.score import Score as Measured
-from luthier.recipe import Recipe
+from luthier.recipe import BASELINE, Recipe
 from luthier.report.answer import answer
+from luthier.report.regressions import Answers, regressions
 from luthier.report.schema import (
     SCHEMA_VERSION,
     AuditFinding,
     Difference,
     ExampleReport,
     MixtureRow,
+    Regression,
     Report,
     Retention,
     Score,
     TuningReport,
 )
 
-SHOWN_EXAMPLES = 3
+SHOWN_EXAMPLES = 6  # of a mixture, at least one of each task
 
 
 def build_report(
@@ -33,18 +35,18 @@ def build_report(
     audit: list[dict[str, Any]],
     baseline: dict[str, Any],
     results: dict[str, dict[str, Any]],
-    predictions: dict[str, list[dict[str, Any]]],
+    answers: Mapping[str, Answers],
     human: Mapping[str, Mapping[str, Measured]],
 ) -> Report:
-    """Compare the tunings of a run; `results` and `predictions` are by tuning, as the stages wrote them.
+    """Compare the tunings of a run; `results` and `answers` are by tuning, as the stages wrote them.
 
-    `human` holds the references' own scores by task and metric, for tasks with several.
+    `answers` holds the baseline's too. `human` holds the references' own scores by task and metric, for tasks with several.
     """
     task = recipe.task
     metric = task.judged_by[-1] if isinstance(task, Task) else MEAN
     base = next(iter(results.values()))["base"]
     tunings = {
-        name: _tuning(recipe, name, result, predictions.get(name, []), baseline, base["parameters"])
+        name: _tuning(recipe, name, result, _own(recipe, answers.get(name, {})), baseline, base["parameters"])
         for name, result in results.items()
     }
     comparisons = _comparisons(results, task.name, metric)
@@ -70,7 +72,8 @@ def build_report(
             for name, scores in human.items()
             if scores
         },
-        examples=_examples(predictions),
+        examples=_examples({name: answers.get(name, {}) for name in results}, [one.name for one in recipe.tasks]),
+        regressions=_regressions(recipe, baseline, results, answers),
         audit=[AuditFinding(**{**one, "rows": list(one["rows"])[:20]}) for one in audit],
         recipe=recipe.model_dump(mode="json"),
         environment=environment,
@@ -82,7 +85,7 @@ def _tuning(
     recipe: Recipe,
     name: str,
     result: dict[str, Any],
-    predictions: list[dict[str, Any]],
+    predictions: Sequence[Mapping[str, Any]],
     baseline: dict[str, Any],
     base_parameters: int,
 ) -> TuningReport:
@@ -148,16 +151,45 @@ def _retention(name: str, task: str, baseline: dict[str, Any], result: dict[str,
     )
 
 
-def _examples(predictions: dict[str, list[dict[str, Any]]]) -> list[ExampleReport]:
-    """The first examples of the test split: not chosen, so they flatter nobody."""
-    first = next((lines for lines in predictions.values() if lines), [])
-    return [
-        ExampleReport(
-            id=line["id"],
-            prompt=line["input"],
-            references=line["references"],
-            # Every tuning answered the same examples in the same order.
-            outputs={name: lines[place]["prediction"] for name, lines in predictions.items() if lines},
-        )
-        for place, line in enumerate(first[:SHOWN_EXAMPLES])
-    ]
+def _own(recipe: Recipe, answers: Answers) -> list[Mapping[str, Any]]:
+    """The answers to the run's own tasks, in their order."""
+    return [line for task in recipe.tasks for line in answers.get(task.name, [])]
+
+
+def _examples(answers: Mapping[str, Answers], tasks: Sequence[str]) -> list[ExampleReport]:
+    """The first examples of each task's test split: not chosen, so they flatter nobody."""
+    shown = max(1, SHOWN_EXAMPLES // len(tasks))
+    found = []
+    for task in tasks:
+        given = {name: by_task[task] for name, by_task in answers.items() if by_task.get(task)}
+        first = next(iter(given.values()), [])
+        found += [
+            ExampleReport(
+                id=line["id"],
+                task=task,
+                prompt=line["input"],
+                references=line["references"],
+                # Every tuning answered the same examples in the same order.
+                outputs={name: lines[place]["prediction"] for name, lines in given.items()},
+            )
+            for place, line in enumerate(first[:shown])
+        ]
+    return found
+
+
+def _regressions(
+    recipe: Recipe, baseline: dict[str, Any], results: dict[str, Any], answers: Mapping[str, Answers]
+) -> list[Regression]:
+    """Each tuning's worst rows: of its tasks against the prompt with the fewest shots, of retention against the base."""
+    prompts = [name for name, result in results.items() if not result["trainable_parameters"]]
+    prompt = min(prompts, key=lambda name: results[name]["shots"]["asked"], default=None)
+    found = []
+    for name, result in results.items():
+        after = (result["scores"], answers.get(name, {}))
+        if prompt not in (None, name):
+            before = (results[prompt]["scores"], answers.get(prompt, {}))
+            found += regressions(name, prompt, [task.name for task in recipe.tasks], after, before)
+        if result["trainable_parameters"]:
+            kept = [task.name for task in recipe.retention]
+            found += regressions(name, BASELINE, kept, after, (baseline["scores"], answers.get(BASELINE, {})))
+    return found

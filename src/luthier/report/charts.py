@@ -1,11 +1,10 @@
-"""Charts as inline SVG that follow the page's colours: no script, no outside file, a text for every picture."""
+"""Bars and curves as inline SVG that follow the page's colours: no script, no outside file, a text for every picture."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH = 440
+from luthier.report.marks import WIDTH, colour, framed, legend, shape, shortened, stroke, ticks
 
 
 @dataclass(frozen=True)
@@ -21,25 +20,31 @@ class Bar:
 
 
 def bars(rows: Sequence[Bar], title: str) -> str:
-    """Horizontal bars with 95 % intervals, from zero; values as shown (shares already x100)."""
-    top = max((row.high for row in rows), default=1.0) or 1.0
-    left, right, pitch = 112, 50, 30
+    """Horizontal bars from zero with 95 % intervals; values as shown (shares already x100)."""
+    high = max((row.high for row in rows), default=0.0)
+    high, low = max(high, 0.0) or 1.0, min(0.0, *(row.low for row in rows))
+    left, right, pitch = 14 + 7 * min(22, max(len(row.label) for row in rows)), 50, 30
     span = WIDTH - left - right
+
+    def at(value: float) -> float:
+        return left + span * (value - low) / (high - low)
+
     parts = []
     for place, row in enumerate(rows):
-        y = 14 + place * pitch
-        x, low, high = (left + span * max(amount, 0) / top for amount in (row.value, row.low, row.high))
+        y = 8 + place * pitch
+        near, far = sorted((at(0), at(row.value)))
         parts.append(
-            f'<text x="{left - 10}" y="{y + 13}" text-anchor="end">{escape(row.label)}</text>'
-            f'<rect class="s{row.colour % 6} bar" x="{left}" y="{y}" width="{max(x - left, 0.5):.1f}" height="18" rx="3"/>'
-            f'<path class="whisker" d="M{low:.1f} {y + 9}H{high:.1f}M{low:.1f} {y + 4}v10M{high:.1f} {y + 4}v10"/>'
-            f'<text x="{high + 8:.1f}" y="{y + 13}">{row.value:.{row.digits}f}</text>'
+            f'<text x="{left - 10}" y="{y + 13}" text-anchor="end">{shortened(row.label)}</text>'
+            f'<rect class="{colour(row.colour)} bar" x="{near:.1f}" y="{y}" width="{max(far - near, 0.5):.1f}" height="18" rx="3"/>'
+            f'<path class="whisker" d="M{at(row.low):.1f} {y + 9}H{at(row.high):.1f}'
+            f'M{at(row.low):.1f} {y + 4}v10M{at(row.high):.1f} {y + 4}v10"/>'
+            f'<text x="{max(at(row.high), at(0)) + 8:.1f}" y="{y + 13}">{row.value:.{row.digits}f}</text>'
         )
     words = "; ".join(
         f"{row.label} {row.value:.{row.digits}f} (95 % from {row.low:.{row.digits}f} to {row.high:.{row.digits}f})"
         for row in rows
     )
-    return _svg(14 + len(rows) * pitch, title, words, "".join(parts))
+    return framed(8 + len(rows) * pitch, title, words, "".join(parts))
 
 
 @dataclass(frozen=True)
@@ -56,38 +61,41 @@ def lines(series: Sequence[Series], title: str, x_name: str, y_name: str) -> str
     points = [point for one in series for point in one.points]
     if not points:
         return ""
-    height, left, right, top, bottom = 260, 52, 16, 14, 36
+    height, left, right, top, bottom = 250, 46, 14, 22, 36
     x_high = max(x for x, _ in points) or 1.0
     y_low, y_high = min(y for _, y in points), max(y for _, y in points)
     margin = (y_high - y_low) * 0.06 or 0.5
     y_low, y_high = y_low - margin, y_high + margin
 
-    def at(x: float, y: float) -> str:
+    def at(x: float, y: float) -> tuple[float, float]:
         across = left + (WIDTH - left - right) * x / x_high
-        up = top + (height - top - bottom) * (1 - (y - y_low) / (y_high - y_low))
-        return f"{across:.1f} {up:.1f}"
+        return across, top + (height - top - bottom) * (1 - (y - y_low) / (y_high - y_low))
 
     parts = []
-    for tick in _ticks(y_low, y_high):
-        y = at(0, tick).split()[1]
+    for tick in ticks(y_low, y_high):
+        y = at(0, tick)[1]
         parts.append(
-            f'<path class="grid" d="M{left} {y}H{WIDTH - right}"/>'
-            f'<text x="{left - 6}" y="{y}" dy="4" text-anchor="end">{tick:g}</text>'
+            f'<path class="grid" d="M{left} {y:.1f}H{WIDTH - right}"/>'
+            f'<text x="{left - 6}" y="{y:.1f}" dy="4" text-anchor="end">{tick:g}</text>'
         )
-    for tick in _ticks(0, x_high):
-        x = at(tick, y_low).split()[0]
-        parts.append(f'<text x="{x}" y="{height - 20}" text-anchor="middle">{tick:g}</text>')
+    for tick in ticks(0, x_high):
+        parts.append(f'<text x="{at(tick, y_low)[0]:.1f}" y="{height - 20}" text-anchor="middle">{tick:g}</text>')
     parts.append(
         f'<text class="axis" x="{WIDTH - right}" y="{height - 4}" text-anchor="end">{escape(x_name)}</text>'
-        f'<text class="axis" x="{left}" y="10">{escape(y_name)}</text>'
+        f'<text class="axis" x="0" y="11">{escape(y_name)}</text>'
     )
     for one in series:
-        parts.append(f'<path class="s{one.colour % 6} line" d="M{"L".join(at(x, y) for x, y in one.points)}"/>')
-        x, y = at(*one.points[-1]).split()
-        parts.append(f'<circle class="s{one.colour % 6} bar" cx="{x}" cy="{y}" r="3.5"/>')
-    legend = "".join(f'<span class="key"><i class="s{one.colour % 6}"></i>{escape(one.name)}</span>' for one in series)
-    words = "; ".join(f"{one.name}: from {one.points[0][1]:.3f} to {one.points[-1][1]:.3f}" for one in series)
-    return f'{_svg(height, title, words, "".join(parts))}<p class="legend">{legend}</p>'
+        placed = [at(x, y) for x, y in one.points]
+        parts.append(stroke(one.colour, "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)))
+        parts.append(shape(one.colour, *placed[-1]))
+    words = "; ".join(_told(one) for one in series)
+    names = [(one.colour, one.name) for one in series]
+    return framed(height, title, words, "".join(parts)) + legend(names, lines=True)
+
+
+def _told(one: Series) -> str:
+    last = f"{one.points[-1][1]:.3f}"
+    return f"{one.name}: from {one.points[0][1]:.3f} to {last}" if len(one.points) > 1 else f"{one.name}: {last}"
 
 
 def smooth(points: Sequence[tuple[float, float]], window: int = 7) -> list[tuple[float, float]]:
@@ -98,19 +106,3 @@ def smooth(points: Sequence[tuple[float, float]], window: int = 7) -> list[tuple
         near = [y for _, y in points[max(0, place - half) : place + half + 1]]
         found.append((x, sum(near) / len(near)))
     return found
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    span = high - low
-    raw = span / 5
-    unit = 10 ** math.floor(math.log10(raw))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw)
-    first = math.ceil(low / step)
-    return [round(number * step, 10) for number in range(first, math.floor(high / step) + 1)]
-
-
-def _svg(height: int, title: str, words: str, body: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(f"{title}: {words}")}">'
-        f"<title>{escape(title)}</title>{body}</svg>"
-    )

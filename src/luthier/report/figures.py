@@ -1,5 +1,7 @@
 """How a metric's numbers are written, and what a difference in them means."""
 
+from pathlib import Path
+
 from luthier.metrics import reading
 from luthier.report.schema import Difference, Report
 
@@ -28,6 +30,17 @@ def better(one: Difference) -> str | None:
     if one.p_corrected >= ALPHA or not one.value:
         return None
     return one.ours if rank(one.value, one.metric) > 0 else one.theirs
+
+
+def examples_of(signature: str) -> int | None:
+    """The number of examples that a signature names."""
+    part = next((part for part in signature.split("|") if part.startswith("n:")), "")
+    return int(part[2:]) if part else None
+
+
+def base_name(model: str) -> str:
+    """A base as headings name it: of a folder its own name, a hub id as it is."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def unscaled(report: Report) -> str:

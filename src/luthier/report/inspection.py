@@ -21,6 +21,10 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
     if spectra := found.get("spectra"):
         for title, rows in (("block", _by_block(spectra)), ("module", _by_kind(spectra))):
             console.print(_spectra_table(title, rows, spectra))
+    if scalings := found.get("scalings"):
+        console.print(_scalings_table(scalings))
+    if layers := found.get("prefix"):
+        console.print(_prefix_table(layers))
     if changes := found.get("changes"):
         table = Table(title="relative change ||W' - W|| / ||W||", title_justify="left")
         table.add_column("part")
@@ -34,10 +38,13 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
 
 
 def picture(found: dict[str, Any]) -> str:
-    """One SVG: a map of blocks by modules for a LoRA, bars for a soft prompt or whole weights."""
+    """One SVG: a map of blocks by modules for low-rank products, bars for everything else."""
     if spectra := found.get("spectra"):
+        size = (
+            ("||BA||", "norm", "{:.3f}") if spectra[0]["relative"] is None else ("||BA|| / ||W||", "relative", "{:.3f}")
+        )
         maps = [
-            ("||BA|| / ||W||", "relative", "{:.3f}"),
+            size,
             ("effective rank", "effective_rank", "{:.1f}"),
             ("energy, share of the tuning's", "energy", "{:.2%}"),
         ]
@@ -47,13 +54,19 @@ def picture(found: dict[str, Any]) -> str:
             parts.append(body)
             height += tall
         blocks = {one["block"] for one in spectra}
-        return _svg(150 + 26 * len(blocks) + 20, height, f"{found['tuning']}: what LoRA added", "".join(parts))
+        return _svg(150 + 26 * len(blocks) + 20, height, f"{found['tuning']}: what its products add", "".join(parts))
     if prompt := found.get("prompt"):
         rows = [
             (f"{one['place']}: {one['neighbours'][0]['text']}", one["neighbours"][0]["cosine"])
             for one in prompt["tokens"]
         ]
         return _bars(f"{found['tuning']}: cosine to the nearest token", rows, prompt["chance_cosine"], "chance")
+    if scalings := found.get("scalings"):
+        rows = [(one["path"], one["change"]) for one in scalings]
+        return _bars(f"{found['tuning']}: how far each module's factors are from 1", rows, None, "")
+    if layers := found.get("prefix"):
+        rows = [(f"{kind} {one['layer']}", one[f"{kind}_norm"]) for kind in ("key", "value") for one in layers]
+        return _bars(f"{found['tuning']}: norms of the prefix's keys and values by layer", rows, None, "")
     rows = [(one["part"], one["relative"]) for one in found["changes"]]
     return _bars(f"{found['tuning']}: relative change of each part", rows, None, "")
 
@@ -106,12 +119,37 @@ def _spectra_table(title: str, rows: dict[str, list[dict[str, Any]]], spectra: S
         table.add_column(column, justify="right", no_wrap=True)
     for name, group in rows.items():
         mean = lambda key: sum(one[key] for one in group) / len(group)  # noqa: B023, E731
+        relative = "-" if group[0]["relative"] is None else f"{mean('relative'):.4f}"
         energy = sum(one["energy"] for one in group)
         ranks = sorted({one["rank"] for one in group})
         table.add_row(
-            name, f"{mean('norm'):.3f}", f"{mean('relative'):.4f}", f"{mean('effective_rank'):.2f}",
+            name, f"{mean('norm'):.3f}", relative, f"{mean('effective_rank'):.2f}",
             "-".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))), f"{energy:.1%}",
         )  # fmt: skip
+    return table
+
+
+def _scalings_table(scalings: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="factors of the channels, 1 at the start", title_justify="left")
+    table.add_column("module")
+    for column in ("from 1 (rms)", "above 1", "least", "most"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in scalings:
+        table.add_row(
+            one["path"], f"{one['change']:.4f}", f"{one['amplified']:.0%}", f"{one['smallest']:.3f}", f"{one['largest']:.3f}"
+        )  # fmt: skip
+    return table
+
+
+def _prefix_table(layers: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="mean norms in the prefix, beside those of random tokens", title_justify="left")
+    table.add_column("layer", justify="right")
+    for column in ("keys", "usual", "values", "usual", "values' cosine"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in layers:
+        alike = "-" if one["alike"] is None else f"{one['alike']:.3f}"
+        norms = [f"{one[key]:.2f}" for key in ("key_norm", "usual_key_norm", "value_norm", "usual_value_norm")]
+        table.add_row(str(one["layer"]), *norms, alike)
     return table
 
 

@@ -23,6 +23,9 @@ class Score(_Part):
     precision: float | None = Field(None, description="ROUGE and token_f1 only.")
     recall: float | None = Field(None, description="ROUGE and token_f1 only.")
     parts: dict[str, float] = Field({}, description="What else the value is made of: BLEU's precisions, say.")
+    spread: float | None = Field(
+        default=None, description="Standard deviation over training seeds, where runs of one recipe were put together."
+    )
 
 
 class Shots(_Part):
@@ -73,6 +76,10 @@ class TuningReport(_Part):
     mixture: list[MixtureRow] = Field([], description="Empty where the recipe has one task.")
     history: list[dict[str, Any]]
     scores: dict[str, dict[str, Score]]
+    run: str | None = Field(default=None, description="Of several runs compared: the one it is from.")
+    seeds: list[int] = Field(
+        default=[], description="Of runs put together: their seeds. Costs are means, memory the most."
+    )
 
 
 class Difference(_Part):
@@ -106,9 +113,48 @@ class ExampleReport(_Part):
     """A test example with what each tuning answered."""
 
     id: str
+    task: str = ""
     prompt: str
     references: list[str]
     outputs: dict[str, str]
+
+
+class Regression(_Part):
+    """A test row on which a tuning does worse than the base did: of the task against a prompt, or of a retention task."""
+
+    tuning: str
+    against: str = Field(description="The prompting tuning, or `base` for the untouched base on a retention task.")
+    task: str
+    id: str
+    prompt: str
+    references: list[str]
+    metric: str
+    before: float = Field(description="This row's own score.")
+    after: float
+    before_output: str
+    after_output: str
+
+
+class RunReport(_Part):
+    """One of several runs compared, or those of one recipe that differ in the seed alone."""
+
+    name: str
+    paths: list[str]
+    seeds: list[int]
+    part: int = Field(
+        default=0, description="Runs of one number have the same test examples and metric: they are compared."
+    )
+    base: dict[str, Any]
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+
+
+class Mismatch(_Part):
+    """Something in which compared runs differ, its value by run, and whether scores can be compared in spite of it."""
+
+    what: str
+    values: dict[str, str]
+    comparable: bool
 
 
 class AuditFinding(_Part):
@@ -141,6 +187,11 @@ class Report(_Part):
         description="Each human reference against the others, by task and metric, where test rows have several.",
     )
     examples: list[ExampleReport]
+    regressions: list[Regression] = Field(
+        default=[], description="The rows on which each tuning lost most against the base, the worst first."
+    )
+    runs: list[RunReport] = Field(default=[], description="Where several runs are compared: the runs.")
+    mismatches: list[Mismatch] = Field(default=[], description="Where several runs are compared: how they differ.")
     audit: list[AuditFinding] = Field(description="Warnings about the data, found before training.")
     recipe: dict[str, Any]
     environment: dict[str, Any]

@@ -1,10 +1,12 @@
 """The comparison as a terminal table, at 80 columns and wider."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from luthier.metrics import reading
 from luthier.report.figures import figure, unscaled
+from luthier.report.parts import parts
 from luthier.report.schema import Report, Retention, Score, TuningReport
 
 _SHORT = {
@@ -16,10 +18,22 @@ _SHORT = {
 
 def print_report(report: Report, console: Console) -> None:
     """Print the answer, the scores, the costs and what was forgotten."""
-    console.print(f"\n[bold]{report.answer}[/bold]\n")
-    console.print(_scores(report))
-    if len(report.tasks) > 1:
-        console.print(_tasks(report))
+    console.print(f"\n[bold]{escape(report.answer)}[/bold]\n")
+    for one in report.mismatches:
+        if not one.comparable:
+            told = "; ".join(f"{name}: {value}" for name, value in one.values.items())
+            console.print(f"[bold]not compared[/bold]: {escape(one.what)} differs ({escape(told)})")
+    if informing := [one.what for one in report.mismatches if one.comparable]:
+        shown = ", ".join(informing[:8]) + (" ..." if len(informing) > 8 else "")
+        console.print(
+            f"The runs differ in {len(informing)} thing{'s' if len(informing) > 1 else ''}: {escape(shown)}\n"
+        )
+    for name, part in parts(report):
+        if name:
+            console.print(f"\n[bold]{escape(name)}[/bold]")
+        console.print(_scores(part))
+        if len(report.tasks) > 1:
+            console.print(_tasks(part))
     console.print(_costs(report))
     if report.retention:
         console.print(_forgetting(report))
@@ -51,20 +65,29 @@ def _cell(score: Score, metric: str, with_interval: bool) -> str:
 
 
 def _tasks(report: Report) -> Table:
-    table = Table(title="each task: test score x100 (intervals in the page); * trained on it", title_justify="left")
-    table.add_column("task")
-    for name in (*report.tunings, *(["(human)"] if report.human else [])):
-        table.add_column(name, justify="right")
+    """Tasks by tunings; where there are many tunings the other way round, which is as narrow as the tasks are few."""
+    found = [["task", *report.tunings, *(["(human)"] if report.human else [])]]
     for task in report.tasks:
-        cells = []
+        metric = list(next(iter(report.tunings.values())).scores[task])[-1]
+        cells = [f"{task} ({short(metric)})"]
         for tuning in report.tunings.values():
             mark = "*" if task in {row.task for row in tuning.mixture} else ""
             cells.append(f"{main_score(tuning, task).value * 100:.1f}{mark}")
-        metric = list(next(iter(report.tunings.values())).scores[task])[-1]
         if report.human:
             human = report.human.get(task, {}).get(metric)
             cells.append(figure(human.value, metric) if human else "-")
-        table.add_row(f"{task} ({short(metric)})", *cells)
+        found.append(cells)
+    if len(report.tunings) > 5:
+        found = [
+            ["tuning", *(row[0] for row in found[1:])],
+            *([*row] for row in zip(*found, strict=True) if row[0] != "task"),
+        ]
+    table = Table(title="each task: test score x100 (intervals in the page); * trained on it", title_justify="left")
+    widest = min(26, max(len(row[0]) for row in found)) if len(report.tunings) > 5 else 0
+    for place, head in enumerate(found[0]):
+        table.add_column(head, justify="right" if place else "left", min_width=0 if place else widest)
+    for row in found[1:]:
+        table.add_row(*row)
     return table
 
 
@@ -97,10 +120,11 @@ def _forgetting(report: Report) -> Table:
     for task in tasks:
         table.add_column(task, justify="right")
     before = {one.task: one for one in report.retention}
-    table.add_row("(base)", *(_amount(before[task], before[task].before.value) for task in tasks))
+    if len({(one.task, one.before.value) for one in report.retention}) == len(tasks):  # of several runs on one base too
+        table.add_row("(base)", *(_amount(before[task], before[task].before.value) for task in tasks))
     for name in dict.fromkeys(one.tuning for one in report.retention):
         rows = {one.task: one for one in report.retention if one.tuning == name}
-        table.add_row(name, *(_change(rows[task]) for task in tasks))
+        table.add_row(name, *(_change(rows[task]) if task in rows else "-" for task in tasks))
     return table
 
 

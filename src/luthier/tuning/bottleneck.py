@@ -10,7 +10,7 @@ a fresh one changes nothing.
     down_proj: Linear   ->   down_proj: Grafted(base=Linear, deltas={name: Adapter(W_down, W_up)})
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +22,7 @@ from luthier.errors import UserError
 from luthier.models.base import BaseModel
 from luthier.models.grafted import Delta
 from luthier.models.parts import layout, matching
-from luthier.tuning.method import Defaults, Law, Laws
+from luthier.tuning.method import Defaults, Law, Laws, Method
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -54,7 +54,7 @@ class Adapter(Delta):
 
 
 @dataclass(frozen=True)
-class Bottleneck:
+class Bottleneck(Method):
     """Train small networks behind (`houlsby`, `pfeiffer`) or beside (`parallel`) the sub-layers of every block.
 
     The inner width is the model's width divided by `reduction`, at least 1.
@@ -97,23 +97,3 @@ class Bottleneck:
             "parallel": [where.mlp],
         }
         return [path for pattern in patterns[self.placement] for path in matching(base, pattern)]
-
-    def virtual_tokens(self) -> int:
-        """None."""
-        return 0
-
-    def saved(self) -> "Bottleneck":
-        """Itself."""
-        return self
-
-    def peft_config(self, base: BaseModel, name: str) -> None:
-        """PEFT has no bottleneck adapters."""
-        return None
-
-    def to_file(self, base: BaseModel, name: str) -> dict[str, Tensor]:
-        """Module path, then adapter_down or adapter_up, then weight or bias."""
-        return dict(base.grafts.owned(name))
-
-    def from_file(self, base: BaseModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same names."""
-        return dict(tensors)

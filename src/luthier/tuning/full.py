@@ -5,7 +5,6 @@ that other tunings on the same base, and `detach`, see it bit for bit. While the
 modules point at the copies.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -13,11 +12,11 @@ import torch
 
 from luthier.models.base import BaseModel
 from luthier.tuning.copies import copies_of
-from luthier.tuning.method import Defaults, Law, Laws
+from luthier.tuning.method import Defaults, Law, Laws, Method
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Method):
     """Train all parameters; 16-bit weights keep fp32 masters in the optimizer."""
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -34,23 +33,3 @@ class Full:
         """Substitute a trainable copy for every parameter: the output is the base's until trained."""
         every = [place for places in base.grafts.slots.values() for place in places]
         base.grafts.substitute(name, *copies_of(base, set(every), untie=False))
-
-    def virtual_tokens(self) -> int:
-        """None."""
-        return 0
-
-    def saved(self) -> "Full":
-        """Itself."""
-        return self
-
-    def peft_config(self, base: BaseModel, name: str) -> None:
-        """PEFT has no full fine-tuning."""
-        return None
-
-    def to_file(self, base: BaseModel, name: str) -> dict[str, torch.Tensor]:
-        """The model's own parameter names."""
-        return dict(base.grafts.owned(name))
-
-    def from_file(self, base: BaseModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The model's own parameter names."""
-        return dict(tensors)

@@ -23,7 +23,7 @@ from luthier.models.grafted import Delta
 from luthier.models.parts import layout
 from luthier.tuning import peft
 from luthier.tuning.low_rank import features
-from luthier.tuning.method import Defaults, Law, Laws
+from luthier.tuning.method import Defaults, Law, Laws, Method
 from luthier.tuning.targets import LINEAR, match_modules
 
 
@@ -66,7 +66,7 @@ class ScaledInput(Delta):
 
 
 @dataclass(frozen=True)
-class IA3:
+class IA3(Method):
     """Train one factor for each channel of keys, values and the MLP's inner activations.
 
     `targets` names the modules whose outputs are scaled, `inner` those whose inputs are; `auto` is the keys and values,
@@ -105,14 +105,6 @@ class IA3:
         insides = match_modules(base, inner, LINEAR) if inner else {}
         outsides = match_modules(base, outer, LINEAR) if outer else {}
         return {path: module for path, module in outsides.items() if path not in insides}, insides
-
-    def virtual_tokens(self) -> int:
-        """None."""
-        return 0
-
-    def saved(self) -> "IA3":
-        """Itself."""
-        return self
 
     def peft_config(self, base: BaseModel, name: str) -> dict[str, Any]:
         """A PEFT IA3Config."""

@@ -7,6 +7,7 @@ The singular values of scale * B A come from an r x r core: with B = Q_b R_b and
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,10 @@ from luthier.tuning.low_rank import LowRank
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The product that a LoRA adds to one weight.
+    """The product that a LoRA adds to one weight, or W_up W_down of an adapter.
 
     `norm` is ||scale B A||, `relative` ||W' - W|| / ||W||, all Frobenius: for LoRA W' - W is that product, for DoRA its
-    magnitudes are in W' too, though in no other number here; an embedding's W is its table; `effective_rank` is exp of the entropy of the
+    magnitudes are in W' too, though in no other number here; an embedding's W is its table, an adapter has none; `effective_rank` is exp of the entropy of the
     singular values' shares (Roy & Vetterli 2007), from 1 to r; `energy` the product's share of the tuning's squared norm.
     """
 
@@ -33,7 +34,7 @@ class Spectrum:
     rank: int
     singular_values: list[float]
     norm: float
-    relative: float
+    relative: float | None
     effective_rank: float
     energy: float
 
@@ -52,7 +53,7 @@ class Change:
 @torch.no_grad()
 def inspect_lora(base: BaseModel, name: str) -> list[Spectrum]:
     """The spectrum of every product of the tuning `name`, in the model's order."""
-    found = []
+    found: list[tuple[str, Tensor, float | None]] = []
     for path, (module, delta) in base.grafts.deltas(name).items():
         if isinstance(delta, LowRank):
             values = singular_values(delta.lora_A.weight, delta.lora_B.weight, delta.scale)
@@ -66,23 +67,26 @@ def inspect_lora(base: BaseModel, name: str) -> list[Spectrum]:
             assert whole is not None
             moved = float((whole[0] - weight).norm())
         found.append((path, values, moved / (float(weight.norm()) or 1.0)))
+    return spectra_of(found)
+
+
+def spectra_of(products: Iterable[tuple[str, Tensor, float | None]]) -> list[Spectrum]:
+    """Spectra of one tuning's products, given as path, singular values and relative change."""
+    found = list(products)
     total = sum(float(values.square().sum()) for _, values, _ in found) or 1.0
-    spectra = []
-    for path, values, relative in found:
-        energy = float(values.square().sum())
-        spectra.append(
-            Spectrum(
-                path=path,
-                block=block_of(path),
-                rank=len(values),
-                singular_values=values.tolist(),
-                norm=math.sqrt(energy),
-                relative=relative,
-                effective_rank=effective_rank(values),
-                energy=energy / total,
-            )
+    return [
+        Spectrum(
+            path=path,
+            block=block_of(path),
+            rank=len(values),
+            singular_values=values.tolist(),
+            norm=float(values.norm()),
+            relative=relative,
+            effective_rank=effective_rank(values),
+            energy=float(values.square().sum()) / total,
         )
-    return spectra
+        for path, values, relative in found
+    ]
 
 
 def singular_values(a: Tensor, b: Tensor, scale: float) -> Tensor:

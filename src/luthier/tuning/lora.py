@@ -29,7 +29,7 @@ from luthier.tuning.copies import all_places, copies_of_modules, paths_of_module
 from luthier.tuning.dora import DoRA, DoRAEmbedding
 from luthier.tuning.lora_embedding import LowRankEmbedding
 from luthier.tuning.low_rank import LowRank, features
-from luthier.tuning.method import Defaults, Law, Laws
+from luthier.tuning.method import Defaults, Law, Laws, Method
 from luthier.tuning.targets import LINEAR, match_modules
 
 # PEFT's ways to start that leave the base's weights as they are; others (pissa, loftq ...) change them.
@@ -37,7 +37,7 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(Method):
     """Train a product of two thin matrices beside each target.
 
     `targets` is `all-linear` (every linear but the output head), `attention`, `embeddings`, a shell pattern, a
@@ -69,6 +69,11 @@ class LoRA:
         for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if rank < 1:
                 raise ValueError(f"{where} is {rank}; it must be at least 1")
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
@@ -108,14 +113,6 @@ class LoRA:
         if not left:
             raise UserError("Every target is among modules_to_save, so LoRA has nothing to stand beside.")
         return left
-
-    def virtual_tokens(self) -> int:
-        """None."""
-        return 0
-
-    def saved(self) -> "LoRA":
-        """Itself."""
-        return self
 
     def peft_config(self, base: BaseModel, name: str) -> dict[str, Any]:
         """A PEFT LoraConfig."""

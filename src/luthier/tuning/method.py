@@ -1,7 +1,8 @@
 """The contract of a method, and what follows from it for all of them.
 
 A method is a frozen dataclass; its fields are the recipe's keys. It says how to graft itself on a
-base; what it owns, how it is counted, saved, loaded and removed follows from the grafts.
+base; what it owns, how it is counted, saved, loaded and removed follows from the grafts. Where PEFT has the method,
+it also says how PEFT writes it.
 """
 
 from collections.abc import Mapping
@@ -64,18 +65,23 @@ class Method(Protocol):
 
     def virtual_tokens(self) -> int:
         """Positions the method takes in front of every row."""
+        return 0
 
     def saved(self) -> "Method":
         """The method that its file holds: itself, unless training needs more than use does."""
+        return self
 
     def peft_config(self, base: BaseModel, name: str) -> dict[str, Any] | None:
         """The adapter_config.json PEFT reads, or None where PEFT has no such method."""
+        return None
 
     def to_file(self, base: BaseModel, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of the attached tuning `name`, by the key they have in the file."""
+        """The tensors of the attached tuning `name`, by the key they have in the file: without PEFT's, their own."""
+        return dict(base.grafts.owned(name))
 
     def from_file(self, base: BaseModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A file's tensors by the key of the parameter they belong to."""
+        """A file's tensors by the key of the parameter they belong to: the inverse."""
+        return dict(tensors)
 
 
 @runtime_checkable

@@ -25,7 +25,7 @@ from luthier.models.observe import keys_and_values
 from luthier.models.parts import attention_heads
 from luthier.models.prefix import Prefix
 from luthier.tuning import peft
-from luthier.tuning.method import Defaults, Law, Laws
+from luthier.tuning.method import Defaults, Law, Laws, Method
 from luthier.tuning.prompt_tuning import INIT_TEXT, text_ids, vocabulary_ids
 
 
@@ -72,7 +72,7 @@ class Reparametrised(KeysValues):
 
 
 @dataclass(frozen=True)
-class PrefixTuning:
+class PrefixTuning(Method):
     """Train `length` keys and values in front of every row, in every decoder layer.
 
     `init` is `text` (what the base computes on `init_text`, repeated to `length`), `vocabulary` (on random tokens) or

@@ -17,13 +17,13 @@ from torch.nn import Parameter
 from luthier.errors import UserError
 from luthier.models.base import BaseModel
 from luthier.tuning import peft
-from luthier.tuning.method import Defaults, Law, Laws
+from luthier.tuning.method import Defaults, Law, Laws, Method
 
 INIT_TEXT = "Read the following text carefully, then answer briefly and exactly as in the examples seen before:"
 
 
 @dataclass(frozen=True)
-class PromptTuning:
+class PromptTuning(Method):
     """Train `length` vectors in front of every row.
 
     `init` is `text` (the embeddings of `init_text`, repeated to `length`), `class_labels` (each of `labels`, by default
@@ -86,10 +86,6 @@ class PromptTuning:
     def virtual_tokens(self) -> int:
         """The vectors take `length` positions."""
         return self.length
-
-    def saved(self) -> "PromptTuning":
-        """Itself."""
-        return self
 
     def peft_config(self, base: BaseModel, name: str) -> dict[str, Any]:
         """A PEFT PromptTuningConfig."""

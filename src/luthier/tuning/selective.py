@@ -21,7 +21,7 @@ from luthier.models.base import BaseModel
 from luthier.models.parts import block_of, embeddings, head, norms
 from luthier.tuning import peft
 from luthier.tuning.copies import all_places, copies_of
-from luthier.tuning.method import Defaults, Law, Laws
+from luthier.tuning.method import Defaults, Law, Laws, Method
 from luthier.tuning.targets import matches
 
 _LAYER = ".ln_tuning_layers"  # PEFT writes it behind a norm's path
@@ -31,7 +31,7 @@ _SMALL, _LARGE = Defaults(learning_rate=2e-3), Defaults(learning_rate=3e-4)
 
 
 @dataclass(frozen=True)
-class Selective:
+class Selective(Method):
     """Train some of the model's own parameters.
 
     `targets` is `layernorm`, `bias` (BitFit), `embeddings`, `head`, `last-2-blocks` (of each stack), a shell pattern or
@@ -67,14 +67,6 @@ class Selective:
         """Substitute a trainable copy for every chosen parameter."""
         chosen = {place for word in self._words() for place in _chosen(base, word)}
         base.grafts.substitute(name, *copies_of(base, chosen, self.untie))
-
-    def virtual_tokens(self) -> int:
-        """None."""
-        return 0
-
-    def saved(self) -> "Selective":
-        """Itself."""
-        return self
 
     def peft_config(self, base: BaseModel, name: str) -> dict[str, Any] | None:
         """A PEFT LNTuningConfig where whole norms and nothing else are trained."""

@@ -1,0 +1,76 @@
+"""report.md: the page's answer and tables as Markdown, for papers and pull requests."""
+
+import re
+
+from luthier.report.cells import Cell, Table
+from luthier.report.cost_tables import (
+    audit_table,
+    disk_table,
+    mismatches_table,
+    mixture_tables,
+    runs_table,
+    settings_table,
+)
+from luthier.report.figures import base_name, unscaled
+from luthier.report.parts import parts
+from luthier.report.schema import Report
+from luthier.report.score_tables import (
+    forgetting_table,
+    pairs_table,
+    signatures_table,
+    tasks_table,
+    tunings_table,
+)
+
+
+def markdown(report: Report) -> str:
+    """The report's text and tables; a section without data is absent."""
+    base = report.base
+    bases = dict.fromkeys(base_name(one["model"]) for one in [base, *(run.base for run in report.runs)])
+    text = [f"# {_plain(report.task)} on {_plain(', '.join(bases))}", _plain(report.answer)]
+    if not report.runs:
+        text.append(
+            f"Base: {base['parameters']:,} parameters, {_plain(str(base['family']))}, {base['dtype']} on {base['device']}."
+        )
+    sections = [
+        ("Runs", "", runs_table(report)),
+        ("How the runs differ", "", mismatches_table(report)),
+        *(
+            section
+            for name, part in parts(report)
+            for section in (
+                (_of("The tunings", name), f"Scores x100{unscaled(part)}, with 95 % intervals.", tunings_table(part)),
+                (_of("Each task", name), "A star marks tasks that the tuning was trained on.", tasks_table(part)),
+            )
+        ),
+        ("Pairs, on the same examples", "Paired bootstrap; Holm's correction over all of them.", pairs_table(report)),
+        ("Forgetting", "Difference to the untouched base, with its 95 % interval.", forgetting_table(report)),
+        *((f"The mixture of {name}", "", table) for name, table in mixture_tables(report).items()),
+        ("Disk for 1, 10, 100 tasks", "", disk_table(report)),
+        ("Warnings about the data", "", audit_table(report)),
+        ("Settings", "", settings_table(report)),
+        ("How it was measured", "", signatures_table(report)),
+    ]
+    for title, note, table in sections:
+        if table:
+            text += [f"## {_plain(title)}", *([_plain(note)] if note else []), _table(table)]
+    return "\n\n".join(text) + "\n"
+
+
+def _of(title: str, name: str) -> str:
+    return f"{title}: {name}" if name else title
+
+
+def _table(table: Table) -> str:
+    rows = [" | ".join(map(_plain, table.columns)), " | ".join(["---", *["---:"] * (len(table.columns) - 1)])]
+    rows += [" | ".join(map(_cell, row)) for row in table.rows]
+    return "\n".join(f"| {row} |" for row in rows)
+
+
+def _cell(cell: Cell) -> str:
+    return f"{_plain(cell.text)} ({_plain(cell.detail)})" if cell.detail else _plain(cell.text)
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, on one line; underscores inside words mean nothing there."""
+    return re.sub(r"([\\`*{}\[\]<>#|~&]|\b_|_\b)", r"\\\1", " ".join(text.split()))
