@@ -1,0 +1,118 @@
+"""What a stage has to run: the largest micro-batch, validation group and batch of prompts, and how many tokens in all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Self
+
+from luthier.data.task import Example, Examples, Task
+from luthier.encoding.batches import encode_all, micro_batches
+from luthier.encoding.encoder import Encoded, Encoder, cut_middle
+from luthier.encoding.order import step_rows
+from luthier.evaluation.score import EVALUATION_TOKENS
+from luthier.models.base import BaseModel
+from luthier.models.generate import BATCH_ROWS
+from luthier.recipe import Recipe
+from luthier.training_rows import training_rows
+from luthier.tuning import Method, Prompting
+
+# More training rows than this are not encoded for a plan; so many steps are looked at for the largest micro-batch.
+FEW_ROWS, STEPS = 20_000, 500
+# Of validation and test so many rows are looked at for the longest.
+LOOKED_AT = 2_000
+
+
+@dataclass(frozen=True)
+class Work:
+    """The largest of everything that one tuning runs; `several` says whether a step has more than one micro-batch."""
+
+    largest: list[Encoded]
+    several: bool
+    tokens: int  # of the whole training
+    said: str  # where the rows come from
+    validation: list[Encoded]
+    prompts: list[list[int]]
+    new_tokens: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, name: str, base: BaseModel) -> Self:
+        """What the recipe asks of a tuning. Reads and encodes rows; raises UserError as a run's start does."""
+        method, encoder = recipe.method(name), recipe.read_encoder()
+        tasks = [(task, recipe.examples(task)) for task in recipe.tasks]
+        reserve = method.virtual_tokens() if isinstance(method, Method) else 0
+        largest: list[Encoded] = []
+        several, tokens, said = False, 0, ""
+        if isinstance(method, Method):
+            largest, several, tokens, said = _training(recipe, name, tasks, encoder, reserve, not base.packs)
+        chosen = recipe.tunings[name].tasks
+        held = [one for task, each in tasks if not chosen or task.name in chosen for one in each.validation[:LOOKED_AT]]
+        extra = _shots(method, tasks, encoder)
+        if extra:
+            encoder = encoder.widened(base.context)
+        groups = micro_batches(
+            [_longer(row, extra, encoder.max_length) for row in encode_all(encoder, held, reserve)],
+            EVALUATION_TOKENS,
+            padded=not base.packs,
+        )
+        prompts, new_tokens = _prompts(tasks, encoder, reserve, extra)
+        return cls(largest, several, tokens, said, max(groups, key=_size, default=[]), prompts, new_tokens)
+
+
+def _size(group: Sequence[Encoded]) -> tuple[int, int]:
+    return sum(map(len, group)), sum(len(row) ** 2 for row in group)
+
+
+def _training(
+    recipe: Recipe, name: str, tasks: list[tuple[Task, Examples]], encoder: Encoder, reserve: int, padded: bool
+) -> tuple[list[Encoded], bool, int, str]:
+    """The largest micro-batch of the training rows; of rows of `max_length` where they are too many or streamed."""
+    settings = recipe.tunings[name].training
+    if all(each.stream is None and 0 < len(each.train) <= FEW_ROWS for _, each in tasks):
+        stream, _ = training_rows(recipe, recipe.tunings[name], tasks, encoder, reserve)
+        steps = settings.steps(len(stream))
+        looked_at = min(steps, STEPS)
+        worst: list[Encoded] = []
+        several, tokens = False, 0
+        for step in range(looked_at):
+            groups = micro_batches(step_rows(stream, settings.batch_size, step), settings.micro_batch_tokens, padded)
+            tokens += sum(len(row) for group in groups for row in group)
+            several |= len(groups) > 1
+            for group in groups:
+                cost = len(group) * len(group[0]) if padded else 0
+                if (cost, *_size(group)) > (len(worst) * len(worst[0]) if padded and worst else 0, *_size(worst)):
+                    worst = group
+        return worst, several, tokens * steps // looked_at, "the training rows"
+    target = max(1, encoder.max_length // 4)
+    prompt = encoder.max_length - (0 if encoder.encoder_decoder else target)
+    rows = [Encoded("longest", [0] * prompt, [0] * target)] * settings.batch_size
+    groups = micro_batches(rows, settings.micro_batch_tokens, padded)
+    steps = settings.steps(sum(len(each.train) for _, each in tasks if each.stream is None) or settings.batch_size)
+    said = f"rows of max_length ({encoder.max_length} tokens)"
+    return groups[0], len(groups) > 1, steps * sum(map(len, rows)), said
+
+
+def _shots(method: Method | Prompting, tasks: list[tuple[Task, Examples]], encoder: Encoder) -> int:
+    """Tokens that shots add to a prompt, at most."""
+    asked = method.shot_count() if isinstance(method, Prompting) else 0
+    if not asked:
+        return 0
+    return asked * max((encoder.count(one) for _, each in tasks for one in islice(each.train, LOOKED_AT)), default=0)
+
+
+def _longer(row: Encoded, extra: int, limit: int) -> Encoded:
+    room = max(0, limit - len(row.prompt) - len(row.target))
+    return Encoded(row.id, row.prompt + [0] * min(extra, room), row.target) if extra else row
+
+
+def _prompts(
+    tasks: list[tuple[Task, Examples]], encoder: Encoder, reserve: int, extra: int
+) -> tuple[list[list[int]], int]:
+    """The longest prompts that are answered together, and the most tokens that are written behind them."""
+    found: list[list[int]] = []
+    most = 0
+    for task, each in tasks:
+        examples: list[Example] = list(islice(each.test, LOOKED_AT))
+        room = encoder.max_length - (0 if encoder.encoder_decoder else reserve + task.max_new_tokens)
+        found += [cut_middle([*encoder.prompt_ids(one), *[0] * extra], room) for one in examples]
+        most = max(most, task.max_new_tokens)
+    return sorted(found, key=len, reverse=True)[:BATCH_ROWS], most
