@@ -89,7 +89,24 @@ def make_rows(folder: Path, words: int) -> Path:
     """60 rows of up to so many words, with answers of a quarter of that."""
     file = folder / f"rows-{words}.jsonl"
     draw = random.Random(0)
-    vocabulary = ["the", "guest", "asks", "clerk", "for", "a", "quiet", "room", "and", "pays", "two", "nights", "with", "card", "in", "hand"]
+    vocabulary = [
+        "the",
+        "guest",
+        "asks",
+        "clerk",
+        "for",
+        "a",
+        "quiet",
+        "room",
+        "and",
+        "pays",
+        "two",
+        "nights",
+        "with",
+        "card",
+        "in",
+        "hand",
+    ]
     text = lambda most: " ".join(draw.choices(vocabulary, k=draw.randint(most // 3, most)))  # noqa: E731
     file.write_text("".join(json.dumps({"text": text(words), "answer": text(words // 4)}) + "\n" for _ in range(60)))
     return file

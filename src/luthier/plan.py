@@ -1,15 +1,13 @@
 """What will it cost? Memory by part, time and disk of every tuning of a recipe, before any weight is read.
 
-    peak = live(t) at its largest + PROCESS + SLACK x activations
+    peak = live at its most + what the C allocator holds back + what libraries keep
 
-`live` is counted, not estimated: the real forward and backward pass runs dry (`models/dry_run.py`) on the largest
-micro-batch under a `Ledger`. What a ledger cannot see are the two constants: libraries and the products' buffers, and
-the holes that the C allocator leaves between tensors. They were fitted on ten configurations on a CPU.
+`live` is counted, not estimated: the code of each phase runs dry (`models/dry_run.py`) under a `Ledger` on the largest rows that
+the stage will run (`work.py`, `phases.py`). What a ledger cannot see are two constants, fitted on a CPU (`phases.py`).
 """
 
 import os
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +25,6 @@ from luthier.training.settings import TrainingSettings
 from luthier.tuning import Full, LoRA, Method, Selective, attach, parameters
 from luthier.work import Work
 
-PROCESS, SLACK = 80_000_000, 0.3
 PARTS = ("weights", "gradients", "optimizer states", "activations", "logits", "caches", "workspace")
 
 
@@ -41,16 +38,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class TuningPlan:
-    """One tuning: bytes of each part at the peak, which phase that is in, seconds, bytes on disk, and what to change."""
+    """One tuning: the bytes of each part in each phase when it holds the most, seconds, bytes on disk, what to change."""
 
     method: str
-    parts: dict[str, int]
-    phases: dict[str, int]  # the peak of each phase
-    phase: str
+    phases: dict[str, dict[str, int]]
+    phase: str  # the one with the peak
     peak_bytes: int
     seconds: float  # of training's matrix products alone, at the measured rate
     file_bytes: int
-    rows: str  # where the lengths of the rows come from
+    rows: str  # where the lengths of the training rows come from
     available_bytes: int
     fits: bool
     choices: list[Choice]
@@ -141,7 +137,7 @@ def _once(recipe: Recipe, name: str) -> TuningPlan:
     with dry_run(base, device):
         counted = {"loading": phases.loading(base)}
         if work.largest:
-            counted["training"], products = phases.training(base, owned, work.largest, work.several, settings)
+            counted["training"], products = phases.training(base, owned, work.largest, settings)
         if work.validation:
             counted["validation"] = phases.validation(base, owned, work.validation)
         if work.prompts:
@@ -151,21 +147,16 @@ def _once(recipe: Recipe, name: str) -> TuningPlan:
         for phase in ("training", "validation"):
             if phase in counted:
                 counted[phase]["optimizer states"] = states
-    peaks = {phase: _with_unseen(parts) for phase, parts in counted.items()}
+    found = {phase: {part: parts[part] for part in PARTS} for phase, parts in counted.items()}
+    peaks = {phase: sum(parts.values()) for phase, parts in found.items()}
     phase = max(peaks, key=lambda one: peaks[one])
-    parts = {part: counted[phase][part] for part in PARTS}
-    parts["workspace"] += peaks[phase] - sum(parts.values())
-    per_token = products / max(1, sum(map(len, work.largest)))
+    per_token = products / max(1, sum(len(row) for group in work.largest for row in group))
     return TuningPlan(
-        method=method.method, parts=parts, phases=peaks, phase=phase, peak_bytes=peaks[phase],
+        method=method.method, phases=found, phase=phase, peak_bytes=peaks[phase],
         seconds=per_token * work.tokens / matrix_rate(dtype, device) if owned else 0.0,
         file_bytes=sum(tensor.numel() * tensor.dtype.itemsize for tensor in owned.values()),
         rows=work.said, available_bytes=0, fits=True, choices=[],
     )  # fmt: skip
-
-
-def _with_unseen(parts: Counter[str]) -> int:
-    return int(sum(parts.values()) + PROCESS + SLACK * parts["activations"])
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:

@@ -24,10 +24,9 @@ LOOKED_AT = 2_000
 
 @dataclass(frozen=True)
 class Work:
-    """The largest of everything that one tuning runs; `several` says whether a step has more than one micro-batch."""
+    """The largest of everything that one tuning runs."""
 
-    largest: list[Encoded]
-    several: bool
+    largest: list[list[Encoded]]  # of the step with the largest micro-batch: the first, and the largest behind it
     tokens: int  # of the whole training
     said: str  # where the rows come from
     validation: list[Encoded]
@@ -40,10 +39,10 @@ class Work:
         method, encoder = recipe.method(name), recipe.read_encoder()
         tasks = [(task, recipe.examples(task)) for task in recipe.tasks]
         reserve = method.virtual_tokens() if isinstance(method, Method) else 0
-        largest: list[Encoded] = []
-        several, tokens, said = False, 0, ""
+        largest: list[list[Encoded]] = []
+        tokens, said = 0, ""
         if isinstance(method, Method):
-            largest, several, tokens, said = _training(recipe, name, tasks, encoder, reserve, not base.packs)
+            largest, tokens, said = _training(recipe, name, tasks, encoder, reserve, not base.packs)
         chosen = recipe.tunings[name].tasks
         held = [one for task, each in tasks if not chosen or task.name in chosen for one in each.validation[:LOOKED_AT]]
         extra = _shots(method, tasks, encoder)
@@ -55,7 +54,7 @@ class Work:
             padded=not base.packs,
         )
         prompts, new_tokens = _prompts(tasks, encoder, reserve, extra)
-        return cls(largest, several, tokens, said, max(groups, key=_size, default=[]), prompts, new_tokens)
+        return cls(largest, tokens, said, max(groups, key=_size, default=[]), prompts, new_tokens)
 
 
 def _size(group: Sequence[Encoded]) -> tuple[int, int]:
@@ -64,31 +63,30 @@ def _size(group: Sequence[Encoded]) -> tuple[int, int]:
 
 def _training(
     recipe: Recipe, name: str, tasks: list[tuple[Task, Examples]], encoder: Encoder, reserve: int, padded: bool
-) -> tuple[list[Encoded], bool, int, str]:
+) -> tuple[list[list[Encoded]], int, str]:
     """The largest micro-batch of the training rows; of rows of `max_length` where they are too many or streamed."""
     settings = recipe.tunings[name].training
     if all(each.stream is None and 0 < len(each.train) <= FEW_ROWS for _, each in tasks):
         stream, _ = training_rows(recipe, recipe.tunings[name], tasks, encoder, reserve)
         steps = settings.steps(len(stream))
         looked_at = min(steps, STEPS)
-        worst: list[Encoded] = []
-        several, tokens = False, 0
+        worst: list[list[Encoded]] = []
+        tokens = 0
+        cost = lambda group: (len(group) * len(group[0]) if padded else 0, *_size(group))  # noqa: E731
         for step in range(looked_at):
             groups = micro_batches(step_rows(stream, settings.batch_size, step), settings.micro_batch_tokens, padded)
             tokens += sum(len(row) for group in groups for row in group)
-            several |= len(groups) > 1
-            for group in groups:
-                cost = len(group) * len(group[0]) if padded else 0
-                if (cost, *_size(group)) > (len(worst) * len(worst[0]) if padded and worst else 0, *_size(worst)):
-                    worst = group
-        return worst, several, tokens * steps // looked_at, "the training rows"
+            if not worst or max(map(cost, groups)) > max(map(cost, worst)):
+                worst = groups
+        behind = [max(worst[1:], key=cost)] if worst[1:] else []
+        return [worst[0], *behind], tokens * steps // looked_at, "the training rows"
     target = max(1, encoder.max_length // 4)
     prompt = encoder.max_length - (0 if encoder.encoder_decoder else target)
     rows = [Encoded("longest", [0] * prompt, [0] * target)] * settings.batch_size
     groups = micro_batches(rows, settings.micro_batch_tokens, padded)
     steps = settings.steps(sum(len(each.train) for _, each in tasks if each.stream is None) or settings.batch_size)
     said = f"rows of max_length ({encoder.max_length} tokens)"
-    return groups[0], len(groups) > 1, steps * sum(map(len, rows)), said
+    return groups[:2], steps * sum(map(len, rows)), said
 
 
 def _shots(method: Method | Prompting, tasks: list[tuple[Task, Examples]], encoder: Encoder) -> int:
@@ -112,7 +110,7 @@ def _prompts(
     most = 0
     for task, each in tasks:
         examples: list[Example] = list(islice(each.test, LOOKED_AT))
-        room = encoder.max_length - (0 if encoder.encoder_decoder else reserve + task.max_new_tokens)
+        room = max(1, encoder.max_length - (0 if encoder.encoder_decoder else reserve + task.max_new_tokens))
         found += [cut_middle([*encoder.prompt_ids(one), *[0] * extra], room) for one in examples]
         most = max(most, task.max_new_tokens)
     return sorted(found, key=len, reverse=True)[:BATCH_ROWS], most

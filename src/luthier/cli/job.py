@@ -39,25 +39,15 @@ def plan(
     """What will it cost? Memory by part, time and disk of each tuning, before anything is loaded."""
     from dataclasses import asdict
 
+    from luthier.cli.planned import print_plan
     from luthier.plan import plan as make_plan
-    from luthier.report.table import size
 
     found = make_plan(read_recipe(recipe, set_), None if memory is None else int(memory * 1e9))
     if as_json:
         print(json.dumps({name: asdict(one) for name, one in found.items()}, indent=2))
         return
     for name, one in found.items():
-        verdict = "fits" if one.fits else "DOES NOT FIT"
-        console.print(
-            f"[bold]{name}[/bold]: peak {size(one.peak_bytes)} in {one.phase}; {size(one.available_bytes)} free: {verdict}"
-        )
-        console.print("  " + ", ".join(f"{part} {size(held)}" for part, held in one.parts.items()))
-        if one.file_bytes:
-            console.print(
-                f"  training: at least {one.seconds:,.0f} s of matrix products; file {size(one.file_bytes)}; from {one.rows}"
-            )
-        for choice in one.choices:
-            console.print(f"  --set {choice.change}: {size(choice.peak_bytes)}")
+        print_plan(name, one, console)
 
 
 @app.command()

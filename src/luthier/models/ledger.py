@@ -27,8 +27,11 @@ _ATTENTION = {
 class Ledger(TorchDispatchMode):
     """Within it tensors are counted under the part that `part` names when they are made."""
 
-    def __init__(self) -> None:
+    def __init__(self, large: int = 1 << 62) -> None:
+        """Blocks of `large` bytes and more are also counted apart, as an allocator may treat them."""
         super().__init__()
+        self._large = large
+        self._now, self._start, self._most = Counter[str](), Counter[str](), Counter[str]()
         self.part = "other"
         self.live: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
@@ -53,6 +56,12 @@ class Ledger(TorchDispatchMode):
     def restart(self) -> None:
         """Count the peak and the work from here on."""
         self.peak, self.at_peak, self.work = self._total, Counter(self.live), []
+        self._start, self._most = Counter(self._now), Counter(self._now)
+
+    @property
+    def added(self) -> dict[str, int]:
+        """Most bytes above those of the start: of small and of large blocks, each at its own moment, and of both."""
+        return {kind: self._most[kind] - self._start[kind] for kind in ("small", "large", "both")}
 
     @contextmanager
     def under(self, part: str) -> Iterator[None]:
@@ -94,6 +103,9 @@ class Ledger(TorchDispatchMode):
         self._known[key] = (part, size)
         self.live[part] += size
         self._total += size
+        for kind in ("both", "large" if size >= self._large else "small"):
+            self._now[kind] += size
+            self._most[kind] = max(self._most[kind], self._now[kind])
         if self._total > self.peak:
             self.peak, self.at_peak = self._total, Counter(self.live)
 
@@ -101,6 +113,8 @@ class Ledger(TorchDispatchMode):
         part, size = self._known.pop(key)
         self.live[part] -= size
         self._total -= size
+        self._now["both"] -= size
+        self._now["large" if size >= self._large else "small"] -= size
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
