@@ -51,6 +51,12 @@ class TuningPlan:
     fits: bool
     choices: list[Choice]
 
+    def before_answering(self) -> dict[str, int]:
+        """Bytes of each part in the phase that holds the most until answers are written: what a stage measures."""
+        return max(
+            (parts for phase, parts in self.phases.items() if phase != "answering"), key=lambda one: sum(one.values())
+        )
+
 
 def plan(recipe: Recipe, available: int | None = None) -> dict[str, TuningPlan]:
     """The plan of each tuning; `available` is the memory (bytes) that counts, by default what this machine has free.

@@ -8,8 +8,7 @@ nothing of architectures. What a kernel allocates for itself it does not see.
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -62,15 +61,6 @@ class Ledger(TorchDispatchMode):
     def added(self) -> dict[str, int]:
         """Most bytes above those of the start: of small and of large blocks, each at its own moment, and of both."""
         return {kind: self._most[kind] - self._start[kind] for kind in ("small", "large", "both")}
-
-    @contextmanager
-    def under(self, part: str) -> Iterator[None]:
-        """Within it new tensors belong to `part`."""
-        before, self.part = self.part, part
-        try:
-            yield
-        finally:
-            self.part = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
