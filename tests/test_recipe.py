@@ -158,7 +158,8 @@ def test_unreadable_recipes(tmp_path: Path, content: str | None, message: str) -
 
 def test_every_method_is_a_tuning_with_its_defaults(recipe_file: Path) -> None:
     names = ", ".join(METHODS)
-    recipe = load_recipe(recipe_file, [f"tunings={{{', '.join(f'{name}: {{}}' for name in METHODS)}}}"])
+    given = {name: {"of": "lora"} if name == "interpolate" else {} for name in METHODS}
+    recipe = load_recipe(recipe_file, [f"tunings={json.dumps(given)}"])
     assert list(recipe.tunings) == list(METHODS), names
     assert {type(tuning.method) for tuning in recipe.tunings.values()} == set(METHODS.values())
     assert make_recipe(yaml.safe_load(recipe_yaml(recipe))) == recipe
@@ -167,6 +168,23 @@ def test_every_method_is_a_tuning_with_its_defaults(recipe_file: Path) -> None:
             one for one in recipe_schema()["$defs"]["Tuning"]["anyOf"] if one.get("title") == kind.__name__
         )
         assert definition["properties"]["method"] == {"const": name}
+
+
+def test_lists_of_shots_and_draws_are_tunings(recipe_file: Path) -> None:
+    recipe = load_recipe(
+        recipe_file, ["tunings={few: {method: few_shot, shots: [1, 4], draw: [0, 2]}, few_shot: {shots: [3]}}"]
+    )
+    found = {name: (tuning.method.shots, tuning.method.draw) for name, tuning in recipe.tunings.items()}
+    assert found == {
+        "few_1_draw0": (1, 0), "few_1_draw2": (1, 2), "few_4_draw0": (4, 0), "few_4_draw2": (4, 2), "few_shot_3": (3, 0),
+    }  # fmt: skip
+    for wrong, message in (
+        ("[]", r"tunings.few.shots: a list holds different numbers, at least one; given: \[\]"),
+        ("[2, 2]", r"different numbers.*\[2, 2\]"),
+        ("[2, 0]", "shots is 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_recipe(recipe_file, [f"tunings={{few: {{method: few_shot, shots: {wrong}}}}}"])
 
 
 def test_a_prompt_may_start_from_the_tasks_choices(recipe_file: Path) -> None:
@@ -191,3 +209,13 @@ def test_the_schema_accepts_the_examples_and_refuses_a_misspelt_key() -> None:
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(wrong, schema)
     json.dumps(schema)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "examples").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_examples_are_recipes(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.tunings and make_recipe(yaml.safe_load(recipe_yaml(recipe))) == recipe, (
+        "what a run writes down is the same"
+    )

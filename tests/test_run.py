@@ -437,6 +437,78 @@ def test_a_stopped_command_resumes_to_the_same_weights(
     assert len(log.read_text().splitlines()) == len(found["history"])
 
 
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_interpolating_towards_the_base(content: dict, bases: Path, tmp_path: Path, family: str) -> None:
+    content["base"]["model"] = str(bases / family)
+    content["training"]["learning_rate"] = 0.05
+    content["tunings"] = {"zero_shot": {}, "full": {}, "lora": {"rank": 2}}
+    for name in ("full", "lora"):
+        for share in (0.0, 0.5, 1.0):
+            content["tunings"][f"{name}_{share * 100:.0f}"] = {"method": "interpolate", "of": name, "share": share}
+    report = run(make_recipe(content), tmp_path / "run", isolate=False)
+    loss = {name: tuning.validation_loss for name, tuning in report.tunings.items()}
+    for name in ("full", "lora"):
+        assert loss[f"{name}_0"] == loss["zero_shot"] != loss[name] == loss[f"{name}_100"]
+        assert loss[f"{name}_50"] not in (loss[name], loss["zero_shot"])
+        assert report.tunings[f"{name}_50"].trainable_parameters == report.tunings[name].trainable_parameters
+        none = [one for one in report.retention if one.tuning == f"{name}_0"]
+        assert none and all(one.difference == one.low == one.high == 0.0 for one in none), (
+            "the base forgets exactly nothing"
+        )
+    session = Session(tmp_path / "run")
+    text = "Anna asks about room 3"
+    assert session.generate([text], "lora_100") == session.generate([text], "lora")
+    assert session.generate([text], "lora_0") == session.generate([text])
+    for changes, message in (
+        ({"of": "nothing"}, "names 'nothing', which is no trained tuning that stands before it. Those are: full, lora"),
+        ({"of": "lora", "share": 1.5}, "share is 1.5; it must be from 0"),
+        ({"of": "lora", "training": {"epochs": 2}}, "nothing is trained"),
+    ):
+        wrong = {**content, "tunings": {**content["tunings"], "wise": {"method": "interpolate", **changes}}}
+        with pytest.raises(UserError, match=message):
+            make_recipe(wrong)
+    content["tunings"] = {
+        "soft": {"method": "prompt_tuning", "length": 4},
+        "wise": {"method": "interpolate", "of": "soft"},
+    }
+    with pytest.raises(UserError, match="prompt_tuning changes no weights"):
+        run(make_recipe(content), tmp_path / "other", isolate=False)
+    assert not (tmp_path / "other").exists(), "found before any work"
+
+
+@pytest.mark.parametrize("method", [{"method": "lora", "rank": 2}, {"method": "full"}], ids=["lora", "full"])
+def test_a_snapshot_is_the_tuning_of_a_shorter_training(content: dict, tmp_path: Path, method: dict) -> None:
+    even = {"schedule": "constant", "warmup": 0, "validate_every": 1, "learning_rate": 0.05}
+    content["tunings"] = {"it": {**method, "training": {**even, "max_steps": 6, "snapshots": 2}}}
+    whole = run(make_recipe(content), tmp_path / "whole", isolate=False).tunings["it"]
+    content["tunings"]["it"]["training"] = {**even, "max_steps": 2}
+    short = run(make_recipe(content), tmp_path / "short", isolate=False).tunings["it"]
+    assert [one.step for one in whole.snapshots] == [2, 4] and not short.snapshots
+    assert whole.snapshots[0].scores == short.scores
+    files = lambda folder: {file.name: file.read_bytes() for file in (tmp_path / folder).iterdir()}  # noqa: E731
+    assert files("whole/tunings/it@2") == files("short/tunings/it") != files("whole/tunings/it@4")
+    session = Session(tmp_path / "whole")
+    with pytest.raises(UserError, match="holds no tuning 'it@3'"):
+        session.generate(["Anna asks"], "it@3")
+    assert session.generate(["Anna asks"], "it@2") == Session(tmp_path / "short").generate(["Anna asks"], "it")
+
+
+def test_draws_show_other_examples(content: dict, tmp_path: Path) -> None:
+    content["tunings"] = {
+        "zero_shot": {},
+        "few": {"method": "few_shot", "shots": [1, 2], "draw": [0, 1]},
+        "lora": {"rank": 2},
+    }
+    report = run(make_recipe(content), tmp_path / "run", isolate=False)
+    assert list(report.tunings) == ["zero_shot", "few_1_draw0", "few_1_draw1", "few_2_draw0", "few_2_draw1", "lora"]
+    prompts = {
+        name: json.loads((tmp_path / "run" / "predictions" / f"{name}.jsonl").read_text().splitlines()[0])["prompt"]
+        for name in report.tunings
+    }
+    assert prompts["few_2_draw0"] != prompts["few_2_draw1"]
+    assert "Examples in the prompt" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_scoring_that_was_killed_goes_on_where_it_stopped(
     content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,10 @@ class RunDirectory:
             raise UserError(f"The run {self.path} holds no tuning {name!r}. {nearest(name, saved)}")
         return folder
 
+    def has_tuning(self, name: str) -> bool:
+        """Whether a tuning of this name is saved."""
+        return (self.path / "tunings" / name).is_dir()
+
     def checkpoints(self, name: str) -> Path:
         """Folder of a tuning's checkpoint while it trains."""
         return self.path / "checkpoints" / name

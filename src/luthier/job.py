@@ -21,7 +21,7 @@ from luthier.recipe import BASELINE, Recipe
 from luthier.report.build import build_report
 from luthier.report.files import write_report
 from luthier.report.schema import Report
-from luthier.tuning import FewShot, Method, attach, detach
+from luthier.tuning import FewShot, Interpolation, Method, attach, detach
 
 
 def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool = True) -> Report:
@@ -59,8 +59,11 @@ def _rehearse(recipe: Recipe) -> None:
         method = recipe.method(name)
         if isinstance(method, FewShot) and method.selection == "similar":
             needs_similar()
-        if isinstance(method, Method):
-            attach(base, name, method, recipe.seed)
+        source = recipe.method(method.of) if isinstance(method, Interpolation) else method
+        if isinstance(source, Method):
+            attach(base, name, source, recipe.seed)
+            if isinstance(method, Interpolation):
+                source.toward_base(base, name, method.share)
             detach(base, name)
 
 

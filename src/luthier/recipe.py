@@ -28,12 +28,12 @@ from luthier.models.decoding import Decoding
 from luthier.models.load import DEFAULT_CONTEXT, BaseSpec, context_length, read_tokenizer
 from luthier.shorthand import expand
 from luthier.training.settings import TrainingSettings
-from luthier.tuning import METHODS, Method, Prompting, PromptTuning
+from luthier.tuning import METHODS, Interpolation, Method, Prompting, PromptTuning
 
 BASELINE = "base"  # the stage that scores the untouched base on the retention tasks
 
 if TYPE_CHECKING:
-    AnyMethod = Method | Prompting
+    AnyMethod = Method | Prompting | Interpolation
 else:  # every method is declared once, in METHODS
     AnyMethod = Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")]  # noqa: UP007
 
@@ -100,6 +100,7 @@ class Recipe(BaseModel):
                 if not isinstance(self.task, Mixture):
                     raise ValueError(f"tunings.{name}.tasks chooses from a mixture, but the recipe has one task")
                 self.task.only(tuning.tasks)
+        self._check_interpolations()
         streamed = [task.name for task in self.tasks if task.train and task.train.stream]
         for name, tuning in self.tunings.items():
             trains = hasattr(tuning.method, "defaults") and set(tuning.tasks or streamed) & set(streamed)
@@ -124,6 +125,18 @@ class Recipe(BaseModel):
                         f"{task.judged_by[-1]}, which is no share from 0 to 1; put one that is last in its metrics"
                     )
         return self
+
+    def _check_interpolations(self) -> None:
+        """An interpolation reads the weights of a tuning that was trained before it."""
+        trained: list[str] = []
+        for name, tuning in self.tunings.items():
+            if isinstance(tuning.method, Interpolation) and tuning.method.of not in trained:
+                raise ValueError(
+                    f"tunings.{name}.of names {tuning.method.of!r}, which is no trained tuning that stands before it. "
+                    f"Those are: {', '.join(trained) or 'none'}"
+                )
+            if isinstance(tuning.method, Method):
+                trained.append(name)
 
     def _check_names(self) -> None:
         """Tunings and tasks name files of the run directory."""

@@ -12,7 +12,8 @@ from luthier.encoding.batches import encode_all
 from luthier.encoding.encoder import Encoded, Encoder
 from luthier.errors import Interrupted, UserError
 from luthier.evaluation.kept import keep, keep_mean
-from luthier.evaluation.score import answer, loss_and_accuracy, losses, measure
+from luthier.evaluation.score import answer, loss_and_accuracy, losses, measure, prompt_ids
+from luthier.evaluation.speed import inference_cost
 from luthier.metrics import MODEL_METRICS
 from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
@@ -67,6 +68,14 @@ def score_tasks(stage: Stage, name: str, reserve: int) -> dict[str, Any]:
         judged = [(task.name, task.judged_by[-1]) for task in stage.recipe.tasks]
         scores[stage.recipe.task.name] = keep_mean(scores, judged)
     return scores
+
+
+def request_cost(stage: Stage, name: str | None, reserve: int) -> dict[str, Any]:
+    """What one request of the recipe's (first) task costs with the active tuning `name`, as `inference_cost` measures it."""
+    task, examples = stage.tasks[0]
+    stage.progress.say("timing a request")
+    prompts = [prompt_ids(stage.encoder, one, reserve + task.max_new_tokens) for one in examples.test]
+    return inference_cost(stage.base, prompts, name)
 
 
 def score_retention(stage: Stage, name: str, reserve: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from luthier.errors import UserError, nearest
 from luthier.models.base import BaseModel
 from luthier.models.decoding import Decoding
 from luthier.models.generate import generate
-from luthier.tuning import FewShot, Method
+from luthier.tuning import FewShot, Interpolation, Method
 from luthier.tuning.files import load_tuning
 
 
@@ -62,33 +62,36 @@ class Session:
         if tuning is None:
             self.base.use(None)
             return 0
-        if tuning not in self.recipe.tunings:
+        own = tuning.partition("@")[0]  # NAME@STEP is a snapshot of NAME
+        if own not in self.recipe.tunings:
             raise UserError(
                 f"The run {self.directory.path} holds no tuning {tuning!r}. {nearest(tuning, self.recipe.tunings)}"
             )
-        method = self.recipe.tunings[tuning].method
+        method = self.recipe.tunings[own].method
         if isinstance(method, FewShot):
             raise UserError(
                 f"{tuning!r} shows training examples in its prompt and saved nothing. Use a trained tuning, or put "
                 "the examples into the text with --raw."
             )
-        if not isinstance(method, Method):
+        if not isinstance(method, (Method, Interpolation)):
             self.base.use(None)
             return 0
         if tuning not in self.base.methods:
             load_tuning(self.base, self.directory.tuning(tuning), tuning)
         self.base.use(tuning)
-        return method.virtual_tokens()
+        tokens: int = self.base.methods[tuning].virtual_tokens()
+        return tokens
 
     def trained(self, tuning: str) -> Method:
         """Put a trained tuning of the run in use and return its method; raises UserError for one that trains nothing."""
         self._use(tuning)
-        method = self.recipe.tunings[tuning].method
-        if not isinstance(method, Method):
-            names = [name for name, one in self.recipe.tunings.items() if isinstance(one.method, Method)]
+        if tuning not in self.base.methods:
+            kinds = (Method, Interpolation)
+            names = [name for name, one in self.recipe.tunings.items() if isinstance(one.method, kinds)]
             raise UserError(
                 f"{tuning!r} is the base as it is: nothing was trained. Trained tunings: {', '.join(names) or 'none'}."
             )
+        method: Method = self.base.methods[tuning]
         return method
 
     def _task(self, name: str | None, raw: bool) -> Task:

@@ -26,11 +26,33 @@ def expand(whole: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(tunings, list):
         tunings = {str(name): {} for name in tunings}
     if isinstance(tunings, dict):
-        whole["tunings"] = {
+        named = {
             name: {"method": name, **(given or {})} if given is None or isinstance(given, dict) else given
             for name, given in tunings.items()
         }
+        whole["tunings"] = {
+            new: one for name, given in named.items() for new, one in _few_shot(str(name), given, where).items()
+        }
     return whole
+
+
+def _few_shot(name: str, given: Any, where: str) -> dict[str, Any]:
+    """A few_shot with lists of shots or draws as a tuning for each pair: `few_shot_4_draw1`."""
+    if not isinstance(given, dict) or given.get("method") != "few_shot":
+        return {name: given}
+    lists = {key: given[key] for key in ("shots", "draw") if isinstance(given.get(key), list)}
+    for key, values in lists.items():
+        if not values or len(set(map(str, values))) < len(values):
+            raise UserError(
+                f"{where}: tunings.{name}.{key}: a list holds different numbers, at least one; given: {values}."
+            )
+    found: dict[str, Any] = {}
+    for shots in lists.get("shots", [None]):
+        for draw in lists.get("draw", [None]):
+            chosen = {key: one for key, one in (("shots", shots), ("draw", draw)) if one is not None}
+            end = "" if shots is None else f"_{shots}"
+            found[name + end + ("" if draw is None else f"_draw{draw}")] = {**given, **chosen}
+    return found
 
 
 def _task(given: Any, folder: Path, where: str) -> Any:

@@ -21,15 +21,25 @@ from luthier.models.base import BaseModel
 from luthier.models.memory import peak_bytes, resident_bytes
 from luthier.progress import Progress
 from luthier.recipe import BASELINE
-from luthier.scoring import Stage, encode, score_retention, score_tasks, validate, validation_examples
+from luthier.scoring import (
+    Stage,
+    encode,
+    request_cost,
+    score_retention,
+    score_tasks,
+    validate,
+    validation_examples,
+)
+from luthier.snapshots import keep_snapshots, score_snapshots, snapshot_steps
 from luthier.training.frozen_rows import frozen_rows
 from luthier.training.log import log_hooks, tracker_hooks
 from luthier.training.loop import train
 from luthier.training_rows import training_rows
-from luthier.tuning import FewShot, Method, Prompting, attach, parameters
+from luthier.tuning import FewShot, Interpolation, Method, Prompting, attach, parameters
 from luthier.tuning.files import load_tuning, pack
 
 EXIT_INTERRUPTED = 3
+DRAWS_APART = 1_000_003  # between the seeds of few-shot draws, so that no run's next seed draws the same
 
 
 def run_stage(directory: RunDirectory, name: str, should_stop: Callable[[], bool] = lambda: False) -> None:
@@ -51,7 +61,12 @@ def run_stage(directory: RunDirectory, name: str, should_stop: Callable[[], bool
             result: dict[str, Any] = {"scores": score_retention(stage, name, 0)}
         else:
             method = recipe.method(name)
-            result = _prompting(stage, name, method) if isinstance(method, Prompting) else _tuning(stage, name, method)
+            if isinstance(method, Prompting):
+                result = _prompting(stage, name, method)
+            elif isinstance(method, Interpolation):
+                result = _interpolation(stage, name, method)
+            else:
+                result = _tuning(stage, name, method)
         result |= {"memory_after_import_bytes": after_import, "base": _describe(base)}
     directory.save_result(name, result)
 
@@ -62,7 +77,8 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
     if asked:  # training's limit on rows is no limit on what the model can read
         stage = replace(stage, encoder=stage.encoder.widened(stage.base.context))
     similar = isinstance(method, FewShot) and method.selection == "similar"
-    prepared = [(task, _shown(stage, task, examples, asked, similar)) for task, examples in stage.tasks]
+    seed = stage.recipe.seed + DRAWS_APART * (method.draw if isinstance(method, FewShot) else 0)
+    prepared = [(task, _shown(stage, task, examples, asked, similar, seed)) for task, examples in stage.tasks]
     kept = [len(example.shots) for _, examples in prepared for example in examples.test]
     if asked and min(kept) < asked:
         stage.progress.say(
@@ -84,18 +100,19 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
         "validation_accuracy": kept_at.accuracy if kept_at else None,
         "shots": {"asked": asked, "least": min(kept), "mean": sum(kept) / len(kept)},
         "scores": scores,
+        "inference": request_cost(stage, None, 0),
         "history": [],
         "cut": 0,
     }
 
 
-def _shown(stage: Stage, task: Task, examples: Examples, asked: int, similar: bool) -> Examples:
+def _shown(stage: Stage, task: Task, examples: Examples, asked: int, similar: bool, seed: int) -> Examples:
     """Validation and test with `asked` training examples in each prompt, or as many as fit."""
     budget = stage.encoder.max_length - task.max_new_tokens
-    same = choose_shots(examples.train, asked, stage.recipe.seed) if asked and not similar else []
+    same = choose_shots(examples.train, asked, seed) if asked and not similar else []
 
     def put(rows: Sequence[Example]) -> list[Example]:
-        shots = similar_shots(examples.train, rows, asked, stage.recipe.seed) if similar else [same] * len(rows)
+        shots = similar_shots(examples.train, rows, asked, seed) if similar else [same] * len(rows)
         return [
             with_shots(row, shown, budget, stage.encoder.count, first_last=similar)
             for row, shown in zip(rows, shots, strict=True)
@@ -119,7 +136,9 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
         say = stage.progress.say
         enrich = (lambda rows: frozen_rows(base, name, rows, say)) if settings.frozen_cache else (lambda rows: rows)
         rows, describe = training_rows(recipe, recipe.tunings[name], stage.tasks, encoder, reserve, say, enrich)
-        stage.progress.begin("training", settings.steps(len(rows)))
+        steps = settings.steps(len(rows))
+        stage.progress.begin("training", steps)
+        snapshots = snapshot_steps(steps, settings.snapshots)
         with (
             log_hooks(directory.log(name), directory.path / "tensorboard" / name) as logs,
             tracker_hooks(settings.trackers, name, directory.path, recipe.model_dump(mode="json")) as trackers,
@@ -132,7 +151,7 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
                 recipe.seed,
                 directory.checkpoints(name),
                 validate=(lambda: validate(stage, validation, reserve, settings.watch)) if validation else None,
-                hooks=[stage.progress.training, *logs, *trackers],
+                hooks=[stage.progress.training, *logs, *trackers, keep_snapshots(stage, name, snapshots)],
                 should_stop=stage.should_stop,
             )
         directory.save_log(name, done.history)
@@ -152,13 +171,43 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
             "validation_accuracy": kept.accuracy if kept else None,
             "shots": {"asked": 0, "least": 0, "mean": 0.0},
             "history": done.history,
+            "snapshots": snapshots,
             **describe(settings.batch_size, done.step),
         }
         directory.save_result(f"{name}.trained", trained)
     else:
         load_tuning(base, directory.tuning(name), name)
     base.use(name)
-    return {**trained, "scores": score_tasks(stage, name, reserve) | score_retention(stage, name, reserve)}
+    return {
+        **trained,
+        "scores": score_tasks(stage, name, reserve) | score_retention(stage, name, reserve),
+        "inference": request_cost(stage, name, reserve),
+        "snapshots": score_snapshots(stage, name, trained["snapshots"], reserve),
+    }
+
+
+def _interpolation(stage: Stage, name: str, method: Interpolation) -> dict[str, Any]:
+    """Take a trained tuning back towards the base, save it as one of its own and score it; its cost is the other's."""
+    base, directory = stage.base, stage.directory
+    load_tuning(base, directory.tuning(method.of), name)
+    source: Method = base.methods[name]
+    source.toward_base(base, name, method.share)
+    base.use(name)
+    reserve = source.virtual_tokens()
+    rows = encode(stage, validation_examples(stage, stage.recipe.tunings[method.of].tasks), reserve, "validation")
+    kept = validate(stage, rows, reserve) if rows else None
+    trained = directory.result(f"{method.of}.trained") or {}
+    return {
+        **trained,
+        "method": method.method,
+        "file_bytes": directory.save_tuning(name, pack(base, name)),
+        "peak_memory_bytes": peak_bytes(),
+        "validation_loss": kept.loss if kept else None,
+        "validation_accuracy": kept.accuracy if kept else None,
+        "history": [],
+        "scores": score_tasks(stage, name, reserve) | score_retention(stage, name, reserve),
+        "inference": request_cost(stage, name, reserve),
+    }
 
 
 def _describe(base: BaseModel) -> dict[str, Any]:

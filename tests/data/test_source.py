@@ -137,6 +137,15 @@ def test_a_files_name_may_look_like_a_glob(tmp_path: Path) -> None:
     assert [row.id for row in read_rows(Source("data[1].jsonl"), tmp_path)] == ["data[1].jsonl:1"]
 
 
+@pytest.mark.parametrize("odd", ["x[1]", "what?", "a*b"])
+def test_the_data_folders_own_name_is_no_pattern(tmp_path: Path, odd: str) -> None:
+    (tmp_path / odd / "in").mkdir(parents=True)
+    for name in ("b", "a"):
+        (tmp_path / odd / "in" / f"{name}.jsonl").write_text('{"t": 1}\n')
+    for path in ("in/*.jsonl", "*/?.jsonl", str(tmp_path / odd.replace("[", "[[]") / "in" / "*.jsonl")):
+        assert [row.id for row in read_rows(Source(path), tmp_path / odd)] == ["a.jsonl:1", "b.jsonl:1"]
+
+
 def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text(f"a,b\n{'x' * 200_000},1\n")
     assert len(read_rows(Source("r.csv"), tmp_path)[0].values["a"]) == 200_000

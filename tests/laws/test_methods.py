@@ -230,6 +230,41 @@ def test_rows_of_one_batch_may_belong_to_different_tunings(case: Case) -> None:
     torch.testing.assert_close(mixed, torch.cat(expected), atol=close[0], rtol=close[1])
 
 
+INTERPOLATES = ("full", "selective", "lora", "bottleneck", "ia3")
+
+
+@each_case_and_dtype
+def test_a_share_of_a_tuning_is_between_it_and_the_base(case: Case) -> None:
+    base = tiny.make(case.family, case.dtype)
+    rows = make_rows(base, 3)
+    before = scores(base, rows)
+    attach(base, "t", case.method)
+    disturb(base, "t")
+    base.use("t")
+    start, whole = weights(base, "t"), scores(base, rows)
+    if case.method.method not in INTERPOLATES or getattr(case.method, "dora", False):
+        with pytest.raises(UserError, match="[Ii]nterpolate"):
+            case.method.toward_base(base, "t", 0.5)
+        return
+    case.method.toward_base(base, "t", 1.0)
+    assert torch.equal(scores(base, rows), whole), "a share of 1 is the tuning, bit for bit"
+    if case.method.laws.merge.holds and case.dtype == torch.float32:
+        merged = dict(merged_copy(base, "t").model.named_parameters())
+        case.method.toward_base(base, "t", 0.25)
+        found = dict(merged_copy(base, "t").model.named_parameters())
+        for key, original in tiny.make(case.family).model.named_parameters():
+            torch.testing.assert_close(found[key], original + 0.25 * (merged[key] - original), atol=1e-6, rtol=1e-5)
+    elif case.method.method in ("full", "selective"):
+        case.method.toward_base(base, "t", 0.25)
+        places = {place: key for key, slots in base.grafts.slots.items() for place in slots}
+        for key, parameter in parameters(base, "t").items():
+            original = base.grafts.originals[places[key]].float()
+            expected = (original + 0.25 * (start[key].float() - original)).to(case.dtype)
+            torch.testing.assert_close(parameter, expected)
+    case.method.toward_base(base, "t", 0.0)
+    assert torch.equal(scores(base, rows), before), "a share of 0 is the base, bit for bit"
+
+
 @each_case_with_formula
 def test_parameter_counts_follow_the_formula(case: Case) -> None:
     base = tiny.make(case.family)

@@ -100,13 +100,19 @@ def test_a_row_of_another_shape_is_named(tmp_path: Path, given: dict, message: s
         load_examples(task, tmp_path, 0)
 
 
-def test_an_output_is_stripped_and_outputs_are_references(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "references"),
+    [([], (" one\n", "two")), (["outputs"], (" one\n", "two")), (["output"], (" one\n",))],
+)
+def test_an_output_is_stripped_and_outputs_are_references(
+    tmp_path: Path, asked: list[str], references: tuple[str, ...]
+) -> None:
     instances = [{"input": "i", "output": [" one\n", "two"]}]
     (tmp_path / "t.json").write_text(json.dumps({"Definition": "d", "Instances": instances}))
-    task = Task(template="tk-instruct:def", test=Source("t.json"), validation=0, references=["outputs"])
+    task = Task(template="tk-instruct:def", test=Source("t.json"), validation=0, references=asked)
     (found,) = load_examples(task, tmp_path, 0).test
     assert found.completion == "one"
-    assert found.references == (" one\n", "two")
+    assert found.references == references
 
 
 def test_a_head_ends_in_a_whole_sign() -> None:

@@ -7,12 +7,14 @@ from luthier.report.schema import (
     AuditFinding,
     Difference,
     ExampleReport,
+    Inference,
     MixtureRow,
     Regression,
     Report,
     Retention,
     Score,
     Shots,
+    Speed,
     TuningReport,
 )
 
@@ -54,6 +56,10 @@ def tuning(place: int, **changes: Any) -> TuningReport:
         "cut": 0,
         "mixture": [MixtureRow(task="summary", form="zero_shot", asked=0.75, got=0.7, rows=90, epochs=1.5, tokens=9000)] if trained else [],
         "history": steps + checks if trained else [],
+        "inference": Inference(
+            prompt_tokens=180, first_token_seconds=0.25, tokens_per_second=20.0 + place, weights_bytes=10**8,
+            merged=Speed(first_token_seconds=0.2, tokens_per_second=25.0) if trained else None,
+        ),
         "scores": {task: {one: score(0.2 + place / 40, one) for one in metrics} for task in ("summary", "topic", "both")},
         **changes,
     })  # fmt: skip

@@ -3,15 +3,18 @@
 import csv
 import io
 import re
+from itertools import product
 
 import pytest
-from tests.report.reports import HOSTILE, rich
+from rich.console import Console
+from tests.report.reports import HOSTILE, rich, score
 
 from luthier.report.charts import Bar, bars
 from luthier.report.cost_tables import disk_table
 from luthier.report.markdown import markdown
 from luthier.report.scatter import Point, scatter
 from luthier.report.spreadsheet import COLUMNS, spreadsheet
+from luthier.report.table import print_report
 
 
 def test_markdown_tables_are_whole_and_hold_no_markup() -> None:
@@ -78,3 +81,18 @@ def test_the_frontier_follows_what_is_better(lower: bool, ends: int) -> None:
     assert front and front[1].count("V") == 1
     worse = re.search(r'class="front" d="([^"]*)"', scatter(points, "t", "x", "y", str, lower_is_better=not lower))
     assert worse and worse[1].count("V") == 0
+
+
+def test_many_tasks_of_many_tunings_fit_the_terminal() -> None:
+    report = rich(tuple(f"only_entailment_{place}" for place in range(8)))
+    tasks = ["sentiment", "emotion", "news", "entailment", "science"]
+    values = {(name, task): 0.1 + place / 100 for place, (name, task) in enumerate(product(report.tunings, tasks))}
+    for name, tuning in report.tunings.items():
+        tuning.scores |= {task: {"accuracy": score(values[name, task], "accuracy")} for task in tasks}
+    console = Console(file=io.StringIO(), width=80)
+    print_report(report.model_copy(update={"tasks": tasks, "human": {}}), console)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    for name in report.tunings:
+        told = " ".join(line for line in lines if line.startswith(f"\u2502 {name} "))
+        assert all(f" {values[name, task] * 100:.1f} " in told for task in tasks), (name, told)

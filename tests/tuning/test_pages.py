@@ -16,8 +16,10 @@ def test_a_methods_page_says_what_the_code_does(name: str) -> None:
     assert page.startswith(f"# {name}\n")
     for one in fields(kind):  # type: ignore[arg-type]
         assert f"`{one.name}`" in page, f"{one.name} is not on the page"
+    if not hasattr(kind, "laws"):
+        return
     variants = [kind()] + ([LoRA(modules_to_save=["lm_head"])] if kind is LoRA else [])
-    for method in variants if hasattr(kind, "laws") else []:
+    for method in variants:
         for law in vars(method.laws).values():
             assert f"| {'yes' if law.holds else 'no'} | {law.why} |" in page
         rate = f"{method.defaults.learning_rate:.0e}".replace("e-0", "e-")

@@ -232,7 +232,8 @@ class Renderer:
         if len(chosen) > 1 and (split != "train" or task.template_choice == "seeded"):
             chosen = [random.Random(f"template {self.seed} {row.id}").choice(chosen)]
         for template in chosen:
-            example = self._render(template, row, references)
+            own = [column for column in template.references if column in row.values] if split == "test" else []
+            example = self._render(template, row, references or own)
             yield example or f"{row.id} ({template.name})"
 
     def _render(self, template: NamedTemplate, row: Row, references: list[str]) -> Example | None:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -142,13 +143,14 @@ def _files(path: str, folder: Path) -> dict[Path, str]:
     if place.is_file():  # before it is taken for a glob: names may hold brackets
         return {place: place.name}
     if any(sign in path for sign in "*?["):
-        found = sorted(Path(match) for match in glob.glob(str(place), recursive=True))
+        # Only what the user wrote is a pattern: the folder's own name may hold brackets.
+        pattern = str(Path(path).expanduser())
+        found = sorted(folder / match for match in glob.glob(pattern, root_dir=folder, recursive=True))
         if not found:
             raise UserError(f"No file matches {place}. Relative paths resolve in {folder.absolute()}.")
         times = Counter(one.name for one in found)
-        fixed = place
-        while glob.has_magic(str(fixed)):
-            fixed = fixed.parent
+        steps = list(takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
+        fixed = folder.joinpath(*steps)
         # Files of one name are told apart by their folders: an id names one row.
         return {one: one.name if times[one.name] == 1 else one.relative_to(fixed).as_posix() for one in found}
     what = "is a folder" if place.is_dir() else "does not exist"

@@ -42,6 +42,11 @@ class NamedTemplate:
         """Whether what it renders depends on the base's tokens."""
         return isinstance(self.template, TkInstructTemplate)
 
+    @property
+    def references(self) -> list[str]:
+        """The columns of right answers where the task names none: Super-NaturalInstructions has several a row."""
+        return ["outputs"] if isinstance(self.template, TkInstructTemplate) else []
+
     def columns(self) -> set[str]:
         """The columns that the template uses, as far as they can be told."""
         return self.template.variables()

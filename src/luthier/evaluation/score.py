@@ -73,7 +73,7 @@ def answer(
     Answers are given to `keep` batch by batch, by the example's place; batches whose answers are all `known` from before
     are not computed again. The batches are always the same, so what is computed does not depend on what was known.
     """
-    prompts = [_prompt(encoder, example, reserve + max_new_tokens) for example in examples]
+    prompts = [prompt_ids(encoder, example, reserve + max_new_tokens) for example in examples]
     texts = dict(known or {})
     choices = bool(examples) and all(example.choices for example in examples)
     batches = _by_size(base, encoder, examples, prompts) if choices else batches_by_length(prompts)
@@ -109,7 +109,8 @@ def measure(predictions: Sequence[Prediction], names: Sequence[str]) -> dict[str
     return {name: metric(name).score(texts, references) for name in names}
 
 
-def _prompt(encoder: Encoder, example: Example, reserve: int) -> list[int]:
+def prompt_ids(encoder: Encoder, example: Example, reserve: int) -> list[int]:
+    """A prompt as the model reads it, with `reserve` positions left free of the encoder's limit."""
     room = encoder.max_length - (0 if encoder.encoder_decoder else reserve)
     return cut_middle(encoder.prompt_ids(example), room)
 

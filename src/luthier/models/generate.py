@@ -20,6 +20,7 @@ from luthier.models.prefix import Prefixes
 BATCH_ROWS, SHARED = 32, 32
 
 GREEDY = Decoding()
+NO_TOKEN = 2**31 - 1  # for an empty list transformers would put its own default
 
 
 def batches_by_length(prompts: Sequence[Sequence[int]], batch_rows: int = BATCH_ROWS) -> list[list[int]]:
@@ -41,7 +42,7 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt with the active tuning until a stop token or `max_new_tokens`.
 
-    Returns the new token ids of each prompt, in the order given, without the stop token.
+    Returns the new token ids of each prompt, in the order given, without the stop token; with none in `stop`, as many as asked.
     `on_finished(i, ids)` is called as soon as prompt i is done. `places` are the prompts' numbers, from which their draws
     follow; by default 0, 1, 2 ...
     """
@@ -190,8 +191,8 @@ def _decode_padded(
         "max_new_tokens": new_tokens,
         "do_sample": False,
         "num_beams": decoding.beams,
-        "eos_token_id": sorted(stop),
-        "pad_token_id": sorted(stop)[0],
+        "eos_token_id": sorted(stop) or [NO_TOKEN],
+        "pad_token_id": min(stop, default=0),
     }
     if decoding.beams > 1:
         options["length_penalty"] = decoding.length_penalty

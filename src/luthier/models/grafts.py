@@ -53,7 +53,7 @@ class Grafts:
         """Reserve the name of a new tuning."""
         if name in self.names:
             raise UserError(f"A tuning named {name!r} is attached already. Attached: {', '.join(self.names)}.")
-        if not plain_name(name):
+        if not plain_name(name.replace("@", "-")):  # NAME@STEP is a snapshot of NAME
             raise UserError(f"The tuning name {name!r} may hold letters, digits, '-' and '_' only.")
         self.names.append(name)
 

@@ -23,6 +23,7 @@ from luthier.report.schema import (
     Report,
     Retention,
     Score,
+    Snapshot,
     TuningReport,
 )
 
@@ -117,6 +118,11 @@ def _tuning(
         mixture=[MixtureRow(**row) for row in result.get("mixture", [])],
         history=result["history"],
         scores=scores,
+        inference=result.get("inference"),
+        snapshots=[
+            Snapshot(step=one["step"], scores={task: _scores(found) for task, found in one["scores"].items()})
+            for one in result.get("snapshots", [])
+        ],
     )
 
 

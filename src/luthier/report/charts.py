@@ -56,29 +56,34 @@ class Series:
     points: Sequence[tuple[float, float]]
 
 
-def lines(series: Sequence[Series], title: str, x_name: str, y_name: str) -> str:
-    """One line for each series, with a legend."""
+def lines(
+    series: Sequence[Series], title: str, x_name: str, y_name: str, from_zero: bool = True, marks: bool = False
+) -> str:
+    """One line for each series, with a legend; `marks` on every point, else on the last. x begins at 0 or at its least."""
     points = [point for one in series for point in one.points]
     if not points:
         return ""
     height, left, right, top, bottom = 250, 46, 14, 22, 36
     x_high = max(x for x, _ in points) or 1.0
+    x_low = 0.0 if from_zero else min(x for x, _ in points)
+    if x_low == x_high:
+        x_low, x_high = x_low - 0.5, x_high + 0.5
     y_low, y_high = min(y for _, y in points), max(y for _, y in points)
     margin = (y_high - y_low) * 0.06 or 0.5
     y_low, y_high = y_low - margin, y_high + margin
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = left + (WIDTH - left - right) * x / x_high
+        across = left + (WIDTH - left - right) * (x - x_low) / (x_high - x_low)
         return across, top + (height - top - bottom) * (1 - (y - y_low) / (y_high - y_low))
 
     parts = []
     for tick in ticks(y_low, y_high):
-        y = at(0, tick)[1]
+        y = at(x_low, tick)[1]
         parts.append(
             f'<path class="grid" d="M{left} {y:.1f}H{WIDTH - right}"/>'
             f'<text x="{left - 6}" y="{y:.1f}" dy="4" text-anchor="end">{tick:g}</text>'
         )
-    for tick in ticks(0, x_high):
+    for tick in ticks(x_low, x_high):
         parts.append(f'<text x="{at(tick, y_low)[0]:.1f}" y="{height - 20}" text-anchor="middle">{tick:g}</text>')
     parts.append(
         f'<text class="axis" x="{WIDTH - right}" y="{height - 4}" text-anchor="end">{escape(x_name)}</text>'
@@ -87,7 +92,7 @@ def lines(series: Sequence[Series], title: str, x_name: str, y_name: str) -> str
     for one in series:
         placed = [at(x, y) for x, y in one.points]
         parts.append(stroke(one.colour, "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)))
-        parts.append(shape(one.colour, *placed[-1]))
+        parts += [shape(one.colour, *place) for place in (placed if marks else placed[-1:])]
     words = "; ".join(_told(one) for one in series)
     names = [(one.colour, one.name) for one in series]
     return framed(height, title, words, "".join(parts)) + legend(names, lines=True)

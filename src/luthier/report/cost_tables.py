@@ -33,6 +33,45 @@ def disk_table(report: Report) -> Table:
     return Table("disk", ("base and a file a task", *heads), tuple(rows))
 
 
+def inference_table(report: Report) -> Table:
+    """What one request costs with each tuning, its additions beside the weights and folded into them."""
+    rows = []
+    for name, tuning in report.tunings.items():
+        if (found := tuning.inference) is None:
+            continue
+        merged = [NOTHING, NOTHING]
+        if found.merged is not None:
+            merged = [_seconds(found.merged.first_token_seconds), _rate(found.merged.tokens_per_second)]
+        rows.append(
+            (
+                Cell(name, value=name),
+                Cell(f"{found.prompt_tokens:,}", value=found.prompt_tokens),
+                _seconds(found.first_token_seconds),
+                _rate(found.tokens_per_second),
+                *merged,
+                Cell(size(found.weights_bytes), value=found.weights_bytes),
+            )
+        )
+    columns = (
+        "tuning",
+        "prompt tokens",
+        "first token",
+        "tokens/s",
+        "first token, merged",
+        "tokens/s, merged",
+        "weights",
+    )
+    return Table("inference", columns, tuple(rows))
+
+
+def _seconds(seconds: float) -> Cell:
+    return Cell(f"{seconds * 1000:,.0f} ms" if seconds < 10 else f"{seconds:,.1f} s", value=seconds)
+
+
+def _rate(tokens: float) -> Cell:
+    return Cell(f"{tokens:,.1f}", value=tokens)
+
+
 def mixture_tables(report: Report) -> dict[str, Table]:
     """By tuning: what its mixture was asked to be, and what was drawn."""
     columns = ("task", "form", "asked for", "got", "rows", "epochs", "tokens")

@@ -6,6 +6,7 @@ from luthier.report.cells import Cell, Table
 from luthier.report.cost_tables import (
     audit_table,
     disk_table,
+    inference_table,
     mismatches_table,
     mixture_tables,
     runs_table,
@@ -20,6 +21,13 @@ from luthier.report.score_tables import (
     signatures_table,
     tasks_table,
     tunings_table,
+)
+from luthier.report.shots import break_even_table, shots_table
+from luthier.report.tradeoff import matched_table, matched_words
+
+REQUEST_NOTE = (
+    "One at a time, the test prompt of middle length, 17 new tokens; merged: the tuning folded into the weights. "
+    "The least of three, in the stage's process."
 )
 
 
@@ -45,7 +53,18 @@ def markdown(report: Report) -> str:
         ),
         ("Pairs, on the same examples", "Paired bootstrap; Holm's correction over all of them.", pairs_table(report)),
         ("Forgetting", "Difference to the untouched base, with its 95 % interval.", forgetting_table(report)),
+        *(
+            ("What a score costs", f"{matched_words(part)}, the change against the base.", matched_table(part))
+            for _, part in parts(report)
+        ),
         *((f"The mixture of {name}", "", table) for name, table in mixture_tables(report).items()),
+        ("Examples in the prompt", "Of several draws of the examples, the mean and its spread.", shots_table(report)),
+        (
+            "When a tuning pays for itself",
+            "Against the best prompt with shots; a trained token counts as three read ones.",
+            break_even_table(report),
+        ),
+        ("What a request costs", REQUEST_NOTE, inference_table(report)),
         ("Disk for 1, 10, 100 tasks", "", disk_table(report)),
         ("Warnings about the data", "", audit_table(report)),
         ("Settings", "", settings_table(report)),

@@ -10,6 +10,7 @@ from luthier.report.charts import Bar, Series, bars, lines, smooth
 from luthier.report.cost_tables import (
     audit_table,
     disk_table,
+    inference_table,
     mismatches_table,
     mixture_tables,
     runs_table,
@@ -28,7 +29,9 @@ from luthier.report.score_tables import (
     tasks_table,
     tunings_table,
 )
+from luthier.report.shots import break_even_table, shots_chart, shots_table
 from luthier.report.table import count, size
+from luthier.report.tradeoff import matched_table, matched_words, tradeoff_charts
 from luthier.report.word_difference import marked
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -48,7 +51,13 @@ def page(report: Report) -> str:
         parts=[(name, tunings_table(part), tasks_table(part)) for name, part in found],
         pairs=pairs_table(report),
         forgetting=forgetting_table(report),
+        tradeoffs=_drawn((name, tradeoff_charts(part)) for name, part in found),
+        matched=[(matched_words(part), matched_table(part)) for _, part in found if matched_table(part)],
         mixtures=mixture_tables(report),
+        shots=shots_table(report),
+        shots_chart=shots_chart(report),
+        break_even=break_even_table(report),
+        inference=inference_table(report),
         disk=disk_table(report),
         audit=audit_table(report),
         settings=settings_table(report),
@@ -102,7 +111,12 @@ def _costs(report: Report) -> Charts:
     kinds: list[tuple[str, str, Callable[[TuningReport], float | None], Callable[[float], str]]] = [
         ("Trained parameters", "parameters", lambda one: one.trainable_parameters, _few),
         ("On disk", "bytes of its file", lambda one: one.file_bytes, lambda bytes_: size(round(bytes_))),
-        ("Training time", "seconds", lambda one: one.train_seconds, lambda seconds: f"{seconds:.3g} s"),
+        (
+            "Training time",
+            "seconds",
+            lambda one: one.train_seconds,
+            lambda seconds: f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s",
+        ),
         ("Peak memory", "bytes", lambda one: one.peak_memory_bytes, lambda bytes_: size(round(bytes_))),
     ]
     sizes = {run.name: run.base["parameters"] for run in report.runs}

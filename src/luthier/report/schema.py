@@ -48,6 +48,28 @@ class MixtureRow(_Part):
     tokens: int = Field(description="Prompt and target tokens trained on.")
 
 
+class Speed(_Part):
+    """Seconds until an answer's first token, and tokens a second after it."""
+
+    first_token_seconds: float
+    tokens_per_second: float
+
+
+class Inference(Speed):
+    """One request at a time: the test prompt of middle length."""
+
+    prompt_tokens: int
+    weights_bytes: int = Field(description="Of the base and the tuning, in memory.")
+    merged: Speed | None = Field(description="With the tuning folded into the weights; null where it cannot be.")
+
+
+class Snapshot(_Part):
+    """A tuning as it was after a step of its training."""
+
+    step: int
+    scores: dict[str, dict[str, Score]]
+
+
 class TuningReport(_Part):
     """One tuning: what it cost and what it reached."""
 
@@ -81,6 +103,8 @@ class TuningReport(_Part):
     mixture: list[MixtureRow] = Field([], description="Empty where the recipe has one task.")
     history: list[dict[str, Any]]
     scores: dict[str, dict[str, Score]]
+    inference: Inference | None = None
+    snapshots: list[Snapshot] = Field([], description="As training.snapshots asks for, in the order of steps.")
     run: str | None = Field(default=None, description="Of several runs compared: the one it is from.")
     seeds: list[int] = Field(
         default=[], description="Of runs put together: their seeds. Costs are means, memory the most."

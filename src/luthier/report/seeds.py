@@ -60,6 +60,7 @@ class Repeats:
         return first.model_copy(
             update={
                 "seeds": self.seeds(),
+                "snapshots": [] if len(self.runs) > 1 else first.snapshots,
                 "peak_memory_bytes": max(peaks, default=None),
                 "scores": {task: {one: self.score(name, task, one) for one in found} for task, found in first.scores.items()},
                 **{key: round(mean(key)) for key in ("file_bytes", "train_tokens", "steps")},

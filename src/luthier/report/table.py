@@ -15,6 +15,8 @@ _SHORT = {
     "macro_f1": "macro F1", "token_f1": "F1", "exact_match": "EM", "squad_exact_match": "EM", "matthews": "MCC",
 }  # fmt: skip
 
+_TASKS_BESIDE = 4  # columns of a table of 80 characters
+
 
 def print_report(report: Report, console: Console) -> None:
     """Print the answer, the scores, the costs and what was forgotten."""
@@ -33,7 +35,8 @@ def print_report(report: Report, console: Console) -> None:
             console.print(f"\n[bold]{escape(name)}[/bold]")
         console.print(_scores(part))
         if len(report.tasks) > 1:
-            console.print(_tasks(part))
+            for table in _tasks(part):
+                console.print(table)
     console.print(_costs(report))
     if report.retention:
         console.print(_forgetting(report))
@@ -64,8 +67,8 @@ def _cell(score: Score, metric: str, with_interval: bool) -> str:
     return f"{text} \\[{figure(score.low, metric)}, {figure(score.high, metric)}]" if with_interval else text
 
 
-def _tasks(report: Report) -> Table:
-    """Tasks by tunings; where there are many tunings the other way round, which is as narrow as the tasks are few."""
+def _tasks(report: Report) -> list[Table]:
+    """Tasks by tunings; where there are many tunings the other way round, a few tasks a table."""
     found = [["task", *report.tunings, *(["(human)"] if report.human else [])]]
     for task in report.tasks:
         metric = list(next(iter(report.tunings.values())).scores[task])[-1]
@@ -77,16 +80,21 @@ def _tasks(report: Report) -> Table:
             human = report.human.get(task, {}).get(metric)
             cells.append(figure(human.value, metric) if human else "-")
         found.append(cells)
-    if len(report.tunings) > 5:
-        found = [
-            ["tuning", *(row[0] for row in found[1:])],
-            *([*row] for row in zip(*found, strict=True) if row[0] != "task"),
-        ]
-    table = Table(title="each task: test score x100 (intervals in the page); * trained on it", title_justify="left")
-    widest = min(26, max(len(row[0]) for row in found)) if len(report.tunings) > 5 else 0
-    for place, head in enumerate(found[0]):
-        table.add_column(head, justify="right" if place else "left", min_width=0 if place else widest)
-    for row in found[1:]:
+    if len(report.tunings) <= 5:
+        return [_task_table(found)]
+    names, *tasks = found
+    tables = []
+    for start in range(0, len(tasks), _TASKS_BESIDE):
+        columns = [["tuning", *names[1:]], *tasks[start : start + _TASKS_BESIDE]]
+        tables.append(_task_table([list(row) for row in zip(*columns, strict=True)]))
+    return tables
+
+
+def _task_table(rows: list[list[str]]) -> Table:
+    table = Table(title="each task: test score x100; * trained on it", title_justify="left")
+    for place, head in enumerate(rows[0]):
+        table.add_column(head, justify="right" if place else "left", no_wrap=not place, max_width=None if place else 26)
+    for row in rows[1:]:
         table.add_row(*row)
     return table
 

@@ -19,6 +19,7 @@ class TrainingSettings:
     of the metrics, for which answers are generated); the best weights are kept. `gradient_checkpointing` computes each
     block again instead of keeping its inside; `halve_out_of_memory` halves `micro_batch_tokens` where a step does not fit. `frozen_cache` keeps on disk what the blocks below a
     tuning (or an untouched encoder) make of the training rows, and trains from there.
+    `snapshots` keeps the weights at that many even places before the end and scores each: the forgetting at one score.
     A checkpoint is written every `checkpoint_every` steps and when a signal asks to stop. `trackers` are
     accelerate's (wandb, mlflow ...), beside the logs that are always written.
     """
@@ -46,6 +47,7 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     halve_out_of_memory: bool = False
     frozen_cache: bool = False
+    snapshots: int = 0
     checkpoint_every: int = 200
     trackers: list[str] = field(default_factory=list)
 
@@ -56,6 +58,8 @@ class TrainingSettings:
         for key in ("max_steps", "validate_every", "early_stopping"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        if self.snapshots < 0:
+            raise ValueError(f"snapshots is {self.snapshots}; it must not be negative")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, at least 0 and below 1")
         if self.learning_rate is not None and self.learning_rate <= 0:

@@ -97,3 +97,11 @@ class Bottleneck(Method):
             "parallel": [where.mlp],
         }
         return [path for pattern in patterns[self.placement] for path in matching(base, pattern)]
+
+    def toward_base(self, base: BaseModel, name: str, share: float) -> None:
+        """Multiply what the adapters add: W_up and its bias."""
+        with torch.no_grad():
+            for _, delta in base.grafts.deltas(name).values():
+                assert isinstance(delta, Adapter)
+                delta.adapter_up.weight.mul_(share)
+                delta.adapter_up.bias.mul_(share)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from torch.nn import Parameter
 
 from luthier.errors import UserError
@@ -49,6 +50,15 @@ def copies_of_modules(base: BaseModel, modules: Sequence[str], untie: bool) -> C
         copies |= more
         where |= at
     return copies, where
+
+
+@torch.no_grad()
+def interpolate_copies(base: BaseModel, name: str, share: float) -> None:
+    """Move a tuning's copies to W + share (W' - W), exact at 0 and 1; the sum is taken in fp32."""
+    at = all_places(base)
+    for key, copy in base.grafts.substitutes.get(name, {}).items():
+        original = base.grafts.originals[at[key]]
+        copy.copy_(torch.lerp(original.float(), copy.float(), share))
 
 
 def paths_of_modules(base: BaseModel, modules: Sequence[str]) -> list[str]:

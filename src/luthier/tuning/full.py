@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from luthier.models.base import BaseModel
-from luthier.tuning.copies import copies_of
+from luthier.tuning.copies import copies_of, interpolate_copies
 from luthier.tuning.method import Defaults, Law, Laws, Method
 
 
@@ -33,3 +33,7 @@ class Full(Method):
         """Substitute a trainable copy for every parameter: the output is the base's until trained."""
         every = [place for places in base.grafts.slots.values() for place in places]
         base.grafts.substitute(name, *copies_of(base, set(every), untie=False))
+
+    def toward_base(self, base: BaseModel, name: str, share: float) -> None:
+        """Interpolate the copies."""
+        interpolate_copies(base, name, share)

@@ -106,6 +106,12 @@ class IA3(Method):
         outsides = match_modules(base, outer, LINEAR) if outer else {}
         return {path: module for path, module in outsides.items() if path not in insides}, insides
 
+    def toward_base(self, base: BaseModel, name: str, share: float) -> None:
+        """1 + share (l - 1): each weight it is folded into moves by that share."""
+        with torch.no_grad():
+            for factors in base.grafts.owned(name).values():
+                factors.copy_(torch.lerp(torch.ones_like(factors), factors, share))
+
     def peft_config(self, base: BaseModel, name: str) -> dict[str, Any]:
         """A PEFT IA3Config."""
         outer, inner = self._targets(base)

@@ -25,7 +25,7 @@ from luthier.models.base import BaseModel
 from luthier.models.grafted import Delta
 from luthier.models.parts import embeddings
 from luthier.tuning import peft
-from luthier.tuning.copies import all_places, copies_of_modules, paths_of_modules
+from luthier.tuning.copies import all_places, copies_of_modules, interpolate_copies, paths_of_modules
 from luthier.tuning.dora import DoRA, DoRAEmbedding
 from luthier.tuning.lora_embedding import LowRankEmbedding
 from luthier.tuning.low_rank import LowRank, features
@@ -113,6 +113,20 @@ class LoRA(Method):
         if not left:
             raise UserError("Every target is among modules_to_save, so LoRA has nothing to stand beside.")
         return left
+
+    def toward_base(self, base: BaseModel, name: str, share: float) -> None:
+        """Multiply B, and interpolate what is trained whole. DoRA's magnitudes leave no such line to the base."""
+        if self.dora:
+            raise UserError(
+                "DoRA rescales rows of W + BA, so no share of its change is a DoRA. Interpolate a plain lora."
+            )
+        with torch.no_grad():
+            for _, delta in base.grafts.deltas(name).values():
+                if isinstance(delta, LowRank):
+                    delta.lora_B.weight.mul_(share)
+                elif isinstance(delta, LowRankEmbedding):
+                    delta.lora_embedding_B.mul_(share)
+        interpolate_copies(base, name, share)
 
     def peft_config(self, base: BaseModel, name: str) -> dict[str, Any]:
         """A PEFT LoraConfig."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.nn import Parameter
 
+from luthier.errors import UserError
 from luthier.models.base import BaseModel
 
 
@@ -82,6 +83,15 @@ class Method(Protocol):
     def from_file(self, base: BaseModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A file's tensors by the key of the parameter they belong to: the inverse."""
         return dict(tensors)
+
+    def toward_base(self, base: BaseModel, name: str, share: float) -> None:
+        """Leave `share` of the change that the attached tuning `name` makes: W + share (W' - W).
+
+        Raises UserError for a method that changes no weights and adds to no outputs.
+        """
+        raise UserError(
+            f"{self.method} changes no weights, so there is nothing between the base and it to interpolate."
+        )
 
 
 @runtime_checkable

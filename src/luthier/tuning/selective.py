@@ -20,7 +20,7 @@ from luthier.errors import UserError, nearest
 from luthier.models.base import BaseModel
 from luthier.models.parts import block_of, embeddings, head, norms
 from luthier.tuning import peft
-from luthier.tuning.copies import all_places, copies_of
+from luthier.tuning.copies import all_places, copies_of, interpolate_copies
 from luthier.tuning.method import Defaults, Law, Laws, Method
 from luthier.tuning.targets import matches
 
@@ -67,6 +67,10 @@ class Selective(Method):
         """Substitute a trainable copy for every chosen parameter."""
         chosen = {place for word in self._words() for place in _chosen(base, word)}
         base.grafts.substitute(name, *copies_of(base, chosen, self.untie))
+
+    def toward_base(self, base: BaseModel, name: str, share: float) -> None:
+        """Interpolate the copies."""
+        interpolate_copies(base, name, share)
 
     def peft_config(self, base: BaseModel, name: str) -> dict[str, Any] | None:
         """A PEFT LNTuningConfig where whole norms and nothing else are trained."""
