@@ -15,7 +15,7 @@ from luthier.models.ledger import Ledger
 from luthier.models.loss import loss_sum
 from luthier.plan import plan
 from luthier.recipe import make_recipe
-from luthier.training.optimizer import Kind, Optimizer, state_bytes
+from luthier.training.optimizer import Kind, Optimizer, master_bytes, state_bytes
 from luthier.tuning import Full, LoRA, Method, PrefixTuning, attach, parameters
 from tests import tiny
 from tests.training.test_loop import rows_for
@@ -71,7 +71,7 @@ def test_optimizer_states_follow_their_formula(kind: Kind, dtype: torch.dtype) -
     optimizer = Optimizer(owned, 0.0, kind)
     optimizer.step(1e-3, 1.0)
     held = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.state().values())
-    assert state_bytes(owned.values(), kind) == held
+    assert sum(master_bytes(one) + sum(state_bytes(one, kind)) for one in owned.values()) == held
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ validation rows, answering fills the cache of the longest prompts. All run the c
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,39 +15,49 @@ from torch.nn import Parameter
 
 from luthier.encoding.batches import collate
 from luthier.encoding.encoder import Encoded
-from luthier.models.allocator import LARGEST_KEPT
 from luthier.models.attention import stands_for
 from luthier.models.base import BaseModel
 from luthier.models.batch import Packed
 from luthier.models.frozen import SLICED, only_blocks
 from luthier.models.generate import decode_step, prefill
+from luthier.models.heap import Heap
 from luthier.models.ledger import Ledger
 from luthier.models.loss import label_scores, loss_sum
 from luthier.models.quantize import QuantizedLinear
 from luthier.models.recompute import recomputed
+from luthier.training.optimizer import master_bytes, state_bytes
 from luthier.training.settings import TrainingSettings
+from luthier.work import Work
 
 FEW = 2
-# On a CPU: what libraries and products keep for themselves, and the share of holes in the heap. Freed blocks below 32 MiB
-# stay in it, so its most and that of the larger blocks add up even where they are not at the same moment.
-PROCESS, HOLES = 80_000_000, 0.45
+# On a CPU, what libraries hold from their first use on: their code, tables and buffers (docs/planning.md).
+PROCESS = 80_000_000
 
 Owned = Mapping[str, Parameter]
 
 
-def loading(base: BaseModel) -> Counter[str]:
-    """Reading holds the weights as they are stored in memory, and packs them from there where they go into 4 bits."""
+def new_ledger() -> Ledger:
+    """What counts the phases of one stage, with the heap that they share where tensors are the process's."""
+    return Ledger(Heap() if stands_for.get() == "cpu" else None)
+
+
+def loading(base: BaseModel, stored: torch.dtype) -> Counter[str]:
+    """Reading maps the file of the weights; what is in another precision, or packed into 4 bits, is copied from there."""
     ledger = Ledger()
     _hold_weights(base, {}, ledger)
-    whole = sum(one.weight.numel() * one.weight.element_size() for one in _packed(base).values())
-    return Counter({"weights": ledger.live["weights"], "workspace": whole + PROCESS})
+    packed = _packed(base)
+    mapped = sum(one.numel() for one in base.grafts.originals.values()) * stored.itemsize
+    copied = stored != base.dtype or packed
+    return Counter({"weights": ledger.live["weights"], "workspace": (mapped if copied else 0) + PROCESS})
 
 
 def training(
-    base: BaseModel, owned: Owned, groups: Sequence[Sequence[Encoded]], settings: TrainingSettings
-) -> tuple[Counter[str], int]:
-    """Micro-batches of one step, one after another, and the floating-point operations of their products."""
-    ledger = Ledger(LARGEST_KEPT)
+    base: BaseModel, owned: Owned, work: Work, settings: TrainingSettings, ledger: Ledger
+) -> tuple[Counter[str], int, list[Tensor]]:
+    """The step with the largest micro-batch, behind another one.
+
+    Also returns the operations of its products, and the optimizer's tensors: who drops them says how long they are there.
+    """
     hooks = [
         one.register_post_accumulate_grad_hook(lambda done: ledger.hold([done.grad], "gradients"))
         for one in owned.values()
@@ -55,62 +65,102 @@ def training(
     with ledger:
         _hold_weights(base, owned, ledger)
         ledger.restart()
-        for group in groups:
-            with _parts(base, ledger), recomputed(base.model) if settings.gradient_checkpointing else nullcontext():
-                loss = loss_sum(base, _batch(base, group), settings.label_smoothing)
-                ledger.part = "activations"
-                loss.backward()  # type: ignore[no-untyped-call]
-                del loss
+        counts = (
+            count for one in owned.values() for count in (master_bytes(one), *state_bytes(one, settings.optimizer))
+        )
+        states = [_made(ledger, count) for count in counts if count]
+        _accumulate(base, [work.earlier], settings, ledger)
+        _forget(owned)
+        ledger.work = []
+        _accumulate(base, work.largest, settings, ledger)
+        _forget(owned)
     for hook in hooks:
         hook.remove()
+    return _seen(ledger), sum(products for products, _ in ledger.work), states
+
+
+def _made(ledger: Ledger, count: int) -> Tensor:
+    """An optimizer's tensor of so many bytes."""
+    ledger.part = "optimizer states"
+    return torch.empty(count, dtype=torch.uint8, device="meta")
+
+
+def _forget(owned: Owned) -> None:
     for parameter in owned.values():
         parameter.grad = None
-    return _seen(ledger, base), sum(products for products, _ in ledger.work)
 
 
-def validation(base: BaseModel, owned: Owned, group: Sequence[Encoded]) -> Counter[str]:
+def _accumulate(
+    base: BaseModel, groups: Sequence[Sequence[Encoded]], settings: TrainingSettings, ledger: Ledger
+) -> None:
+    for group in groups:
+        with _parts(base, ledger), recomputed(base.model) if settings.gradient_checkpointing else nullcontext():
+            loss = loss_sum(base, _batch(base, group), settings.label_smoothing)
+            ledger.part = "activations"
+            loss.backward()  # type: ignore[no-untyped-call]
+            del loss
+
+
+def interpolating(base: BaseModel, owned: Owned, change: Callable[[], None], ledger: Ledger) -> Counter[str]:
+    """Taking a tuning's weights back towards the base's, which is what `change` does."""
+    with ledger:
+        _hold_weights(base, owned, ledger)
+        ledger.restart()
+        ledger.part = "workspace"
+        change()
+    return _seen(ledger)
+
+
+def validation(base: BaseModel, owned: Owned, group: Sequence[Encoded], ledger: Ledger) -> Counter[str]:
     """One group of validation rows."""
-    ledger = Ledger(LARGEST_KEPT)
     with ledger:
         _hold_weights(base, owned, ledger)
         ledger.restart()
         with _parts(base, ledger), _few(base):
             label_scores(base, _batch(base, group))
-    return _seen(ledger, base)
+    return _seen(ledger)
 
 
 @torch.no_grad()
 def answering(
-    base: BaseModel, owned: Owned, prompts: Sequence[Sequence[int]], new_tokens: int, beams: int
+    base: BaseModel, owned: Owned, prompts: Sequence[Sequence[int]], new_tokens: int, beams: int, ledger: Ledger
 ) -> Counter[str]:
     """The prompts of one batch, what they leave in the cache, and one step for every beam."""
-    ledger = Ledger(LARGEST_KEPT)
+    rows = [list(prompt) for prompt in prompts]
     with ledger:
         _hold_weights(base, owned, ledger)
         ledger.restart()
-        with _parts(base, ledger), _few(base):
-            rows = [list(prompt) for prompt in prompts]
-            if base.packs:
+        if base.packs:
+            with _parts(base, ledger), _few(base):
                 states, cache = prefill(base, rows, new_tokens)
-                held = [*cache.keys.values(), *cache.values.values()]
+                ledger.hold([*cache.keys.values(), *cache.values.values()], "caches")
                 base.logits(states)
-                decode_step(base, cache, torch.zeros(len(rows), dtype=torch.long, device=base.device))
-            else:
-                held = []
-                _read_prompts(base, rows)
-    found = _seen(ledger, base)
-    seen = sum(one.numel() * one.element_size() for one in held)
-    found["activations"] = max(0, found["activations"] - seen)
-    found["caches"] = beams * (seen * base.blocks // len(cache.keys) if held else _cache_bytes(base, rows, new_tokens))
+            if beams > 1:
+                ledger.part = "caches"
+                longest = cache.longest
+                cache.keep(torch.zeros(len(rows) * beams, dtype=torch.long, device=base.device))
+                cache.longest = longest
+            with _parts(base, ledger), _few(base):
+                states = decode_step(base, cache, torch.zeros(len(rows) * beams, dtype=torch.long, device=base.device))
+                base.logits(states).float().log_softmax(-1)
+            found = _seen(ledger)
+            found["caches"] = found["caches"] * base.blocks // len(cache.keys)
+            return found
+        with _parts(base, ledger), _few(base):
+            _read_prompts(base, rows)
+    found = _seen(ledger)
+    found["caches"] = beams * _cache_bytes(base, rows, new_tokens)
+    found["logits"] = (
+        beams * len(rows) * base.config.get_text_config(decoder=True).vocab_size * (4 + base.dtype.itemsize)
+    )
     return found
 
 
-def _seen(ledger: Ledger, base: BaseModel) -> Counter[str]:
-    """What was alive at the peak, and what the C allocator holds back: see `HOLES`."""
+def _seen(ledger: Ledger) -> Counter[str]:
+    """What was alive at the peak, and what the heap holds beyond it at its own."""
     found = Counter(ledger.at_peak)
-    if stands_for.get() == "cpu":
-        kept = ledger.added["small"] * (1 + HOLES) + ledger.added["large"]
-        found["workspace"] += max(0, int(kept) - ledger.added["both"]) + PROCESS
+    if ledger.heap:
+        found["workspace"] += ledger.held + ledger.heap.most - ledger.peak + PROCESS
     return found
 
 

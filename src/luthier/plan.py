@@ -1,14 +1,15 @@
 """What will it cost? Memory by part, time and disk of every tuning of a recipe, before any weight is read.
 
-    peak = live at its most + what the C allocator holds back + what libraries keep
+    peak = what was there before + what the heap holds at its most + what libraries keep
 
-`live` is counted, not estimated: the code of each phase runs dry (`models/dry_run.py`) under a `Ledger` on the largest rows that
-the stage will run (`work.py`, `phases.py`). What a ledger cannot see are two constants, fitted on a CPU (`phases.py`).
+Nothing of it is estimated from sizes of a model: the code of each phase runs dry (`models/dry_run.py`) under a `Ledger` on the
+largest rows that the stage will run (`work.py`, `phases.py`), and each tensor takes its place in a `Heap` (`models/heap.py`).
 """
 
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,10 @@ from luthier import phases
 from luthier.errors import UserError
 from luthier.models.base import BaseModel
 from luthier.models.dry_run import dry_run
-from luthier.models.load import resolve_device, resolve_dtype
+from luthier.models.load import resolve_device, resolve_dtype, stored_dtype
 from luthier.recipe import Recipe
-from luthier.training.optimizer import state_bytes
 from luthier.training.settings import TrainingSettings
-from luthier.tuning import Full, LoRA, Method, Selective, attach, parameters
+from luthier.tuning import Full, Interpolation, LoRA, Method, Selective, attach, parameters
 from luthier.work import Work
 
 PARTS = ("weights", "gradients", "optimizer states", "activations", "logits", "caches", "workspace")
@@ -133,33 +133,39 @@ def _once(recipe: Recipe, name: str) -> TuningPlan:
     base = BaseModel.skeleton(recipe.base, dtype)
     method = recipe.method(name)
     settings = recipe.tunings[name].training
+    grafted = recipe.method(method.of) if isinstance(method, Interpolation) else method
     owned: dict[str, Any] = {}
-    if isinstance(method, Method):
-        attach(base, name, method, recipe.seed)
+    if isinstance(grafted, Method):
+        attach(base, name, grafted, recipe.seed)
         base.use(name)
         owned = parameters(base, name)
     work = Work.of(recipe, name, base)
     products = 0
+    states: list[Tensor] = []  # of the optimizer: there until the last validation, which may write answers
+    watched = bool(work.largest) and settings.watch not in ("loss", "accuracy")
     with dry_run(base, device):
-        counted = {"loading": phases.loading(base)}
+        ledger = phases.new_ledger()
+        counted = {"loading": phases.loading(base, stored_dtype(recipe.base))}
+        if isinstance(method, Interpolation) and isinstance(grafted, Method):
+            change = partial(grafted.toward_base, base, name, method.share)
+            counted["interpolating"] = phases.interpolating(base, owned, change, ledger)
         if work.largest:
-            counted["training"], products = phases.training(base, owned, work.largest, settings)
+            counted["training"], products, states = phases.training(base, owned, work, settings, ledger)
         if work.validation:
-            counted["validation"] = phases.validation(base, owned, work.validation)
+            counted["validation"] = phases.validation(base, owned, work.validation, ledger)
         if work.prompts:
-            counted["answering"] = phases.answering(base, owned, work.prompts, work.new_tokens, recipe.decoding.beams)
-    if owned:
-        states = state_bytes(owned.values(), settings.optimizer)
-        for phase in ("training", "validation"):
-            if phase in counted:
-                counted[phase]["optimizer states"] = states
+            phase = "validation answers" if watched else "answering"
+            if not watched:
+                states.clear()
+            beams = recipe.decoding.beams
+            counted[phase] = phases.answering(base, owned, work.prompts, work.new_tokens, beams, ledger)
     found = {phase: {part: parts[part] for part in PARTS} for phase, parts in counted.items()}
     peaks = {phase: sum(parts.values()) for phase, parts in found.items()}
     phase = max(peaks, key=lambda one: peaks[one])
     per_token = products / max(1, sum(len(row) for group in work.largest for row in group))
     return TuningPlan(
         method=method.method, phases=found, phase=phase, peak_bytes=peaks[phase],
-        seconds=per_token * work.tokens / matrix_rate(dtype, device) if owned else 0.0,
+        seconds=per_token * work.tokens / matrix_rate(dtype, device) if work.largest else 0.0,
         file_bytes=sum(tensor.numel() * tensor.dtype.itemsize for tensor in owned.values()),
         rows=work.said, available_bytes=0, fits=True, choices=[],
     )  # fmt: skip

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from luthier.models.heap import Heap, Place
+
 aten = torch.ops.aten
 _ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: 2,
@@ -26,17 +28,18 @@ _ATTENTION = {
 class Ledger(TorchDispatchMode):
     """Within it tensors are counted under the part that `part` names when they are made."""
 
-    def __init__(self, large: int = 1 << 62) -> None:
-        """Blocks of `large` bytes and more are also counted apart, as an allocator may treat them."""
+    def __init__(self, heap: Heap | None = None) -> None:
+        """What is made within it is also asked of `heap`."""
         super().__init__()
-        self._large = large
-        self._now, self._start, self._most = Counter[str](), Counter[str](), Counter[str]()
+        self.heap = heap
         self.part = "other"
         self.live: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
-        self.peak = self._total = 0
+        self.peak = self._total = self.held = 0  # held: bytes that were there before
+        self._made = self._peak_at = 0  # tensors so far, and when the peak was
         self.work: list[tuple[int, int]] = []  # of each operation: floating-point operations in products, bytes moved
-        self._known: dict[Any, tuple[str, int]] = {}
+        # Of each storage: part, bytes, its place in the heap, its number.
+        self._known: dict[Any, tuple[str, int, Place | None, int]] = {}
 
     def hold(self, tensors: Iterable[Tensor | None], part: str) -> None:
         """Count tensors that exist already under `part`, also those that were counted under another."""
@@ -46,21 +49,21 @@ class Ledger(TorchDispatchMode):
             storage = tensor.untyped_storage()
             key = weakref.ref(storage, self._free)
             if (known := self._known.get(key)) is not None:
-                self.live[known[0]] -= known[1]
-                self.live[part] += known[1]
-                self._known[key] = (part, known[1])
+                counts = [self.live] + [self.at_peak] * (known[3] <= self._peak_at)
+                for count in counts:
+                    count[known[0]] -= known[1]
+                    count[part] += known[1]
+                self._known[key] = (part, *known[1:])
             else:
-                self._add(key, storage.nbytes(), part)
+                self.held += storage.nbytes()
+                self._add(key, storage.nbytes(), part, None)
 
     def restart(self) -> None:
         """Count the peak and the work from here on."""
         self.peak, self.at_peak, self.work = self._total, Counter(self.live), []
-        self._start, self._most = Counter(self._now), Counter(self._now)
-
-    @property
-    def added(self) -> dict[str, int]:
-        """Most bytes above those of the start: of small and of large blocks, each at its own moment, and of both."""
-        return {kind: self._most[kind] - self._start[kind] for kind in ("small", "large", "both")}
+        self._peak_at = self._made
+        if self.heap:
+            self.heap.restart()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -86,25 +89,25 @@ class Ledger(TorchDispatchMode):
         if key in self._known:
             return 0
         size = storage.nbytes()
-        self._add(key, size, self.part)
+        self._add(key, size, self.part, self.heap.take(size) if self.heap else None)
         return size
 
-    def _add(self, key: Any, size: int, part: str) -> None:
-        self._known[key] = (part, size)
+    def _add(self, key: Any, size: int, part: str, place: Place | None) -> None:
+        self._made += 1
+        self._known[key] = (part, size, place, self._made)
         self.live[part] += size
         self._total += size
-        for kind in ("both", "large" if size >= self._large else "small"):
-            self._now[kind] += size
-            self._most[kind] = max(self._most[kind], self._now[kind])
         if self._total > self.peak:
-            self.peak, self.at_peak = self._total, Counter(self.live)
+            self.peak, self.at_peak, self._peak_at = self._total, Counter(self.live), self._made
 
     def _free(self, key: Any) -> None:
-        part, size = self._known.pop(key)
+        part, size, place, _ = self._known.pop(key)
         self.live[part] -= size
         self._total -= size
-        self._now["both"] -= size
-        self._now["large" if size >= self._large else "small"] -= size
+        if place is None:
+            self.held -= size
+        elif self.heap:
+            self.heap.free(place, size)
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

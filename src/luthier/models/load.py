@@ -105,6 +105,16 @@ def read_skeleton(spec: BaseSpec, dtype: torch.dtype | None = None) -> tuple[Any
     return model, tokenizer
 
 
+def stored_dtype(spec: BaseSpec) -> torch.dtype:
+    """The precision in which the weights are read, before they are in that of the base; reads the configuration alone."""
+    place = _locate(spec)
+    if place.gguf:
+        return torch.float32
+    with explained(place):
+        found = getattr(AutoConfig.from_pretrained(place.source, **place.options), "dtype", None)
+    return DTYPES.get(str(found).removeprefix("torch."), torch.float32)
+
+
 def read_model(spec: BaseSpec, dtype: torch.dtype) -> tuple[Any, Any]:
     """Read (model, tokenizer) from wherever the spec points; weights from safetensors or GGUF only.
 

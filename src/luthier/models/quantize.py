@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import UserError
+from luthier.models.allocator import give_back_freed_memory
 
 Quantization = Literal["nf4"]
 BLOCK = 64
@@ -132,6 +133,11 @@ def quantize_linears(model: Any, device: torch.device, double: bool) -> None:
         turned = isinstance(module, Conv1D)
         packed = QuantizedLinear(module.weight.T if turned else module.weight, module.bias, device, double, turned)
         setattr(owner, key, packed)
+        if packed.packed is not None:
+            give_back_freed_memory()  # one weight's packing leaves holes that the next one's does not fit
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            parameter.data = parameter.data.clone()  # as long as one is mapped from the file, all of it stays in memory
 
 
 def _functional() -> Any:

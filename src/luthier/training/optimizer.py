@@ -5,7 +5,7 @@ A 16-bit parameter keeps an fp32 master here: an update of lr x 1 is far below b
 a weight and would be lost. fp32 parameters are their own masters.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -51,19 +51,22 @@ OPTIMIZERS: dict[Kind, Callable[[Groups], torch.optim.Optimizer]] = {
 }
 
 
-def state_bytes(parameters: Iterable[Tensor], kind: Kind) -> int:
-    """Bytes of what an optimizer of this kind keeps for these parameters: masters, moments, counts of steps."""
-    total = 0
-    for one in parameters:
-        total += 4 if one.dtype == torch.float32 else 4 + 4 * one.numel()
-        if kind == "adamw":
-            total += 8 * one.numel()
-        elif kind == "adafactor":  # of a matrix, its rows' and columns' means
-            shape = one.shape
-            total += 4 * (one.numel() // shape[-1] + one.numel() // shape[-2] if one.ndim > 1 else one.numel())
-        else:  # blocks of 256 with a scale each; small tensors stay in fp32
-            total += 2 * one.numel() + 8 * -(-one.numel() // 256) if one.numel() >= 4096 else 8 * one.numel()
-    return total
+def master_bytes(parameter: Tensor) -> int:
+    """Bytes of the fp32 copy that is stepped in the place of a parameter of another precision."""
+    return 0 if parameter.dtype == torch.float32 else 4 * parameter.numel()
+
+
+def state_bytes(parameter: Tensor, kind: Kind) -> list[int]:
+    """Bytes of each tensor that an optimizer of this kind keeps for a parameter: moments, the count of steps."""
+    count = parameter.numel()
+    if kind == "adamw":
+        return [4, 4 * count, 4 * count]
+    if kind == "adafactor":  # of a matrix, its rows' and columns' means
+        shape = parameter.shape
+        return [4, 4 * (count // shape[-1]), 4 * (count // shape[-2])] if parameter.ndim > 1 else [4, 4 * count]
+    # blocks of 256 with a scale each; small tensors stay in fp32
+    blocks = 4 * -(-count // 256)
+    return [4, count, count, blocks, blocks] if count >= 4096 else [4, 4 * count, 4 * count]
 
 
 class Optimizer:
