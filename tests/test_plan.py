@@ -1,6 +1,7 @@
 """The plan counts what the real code holds, and reads no weights."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,15 @@ from luthier.cli import app
 from luthier.encoding.batches import collate
 from luthier.models.base import BaseModel
 from luthier.models.dry_run import dry_run
+from luthier.models.heap import Heap
 from luthier.models.ledger import Ledger
 from luthier.models.loss import loss_sum
 from luthier.plan import plan
 from luthier.recipe import make_recipe
 from luthier.training.optimizer import Kind, Optimizer, master_bytes, state_bytes
-from luthier.tuning import Full, LoRA, Method, PrefixTuning, attach, parameters
+from luthier.tuning import METHODS, Full, LoRA, Method, PrefixTuning, attach, parameters
 from tests import tiny
+from tests.tiny import DECODERS, ENCODER_DECODERS, UNPACKED
 from tests.training.test_loop import rows_for
 
 
@@ -74,6 +77,67 @@ def test_optimizer_states_follow_their_formula(kind: Kind, dtype: torch.dtype) -
     assert sum(master_bytes(one) + sum(state_bytes(one, kind)) for one in owned.values()) == held
 
 
+def held(tensors: Iterable[torch.Tensor]) -> int:
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+
+
+EVERY = list(METHODS)
+FAMILIES = {
+    family: EVERY if family in ("llama", "t5") else ["lora"] for family in (*DECODERS, *ENCODER_DECODERS, *UNPACKED)
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_method_can_be_planned_on_every_family(family: str, content: dict, tmp_path: Path) -> None:
+    real = tiny.make(family)
+    real.config.save_pretrained(tmp_path)
+    real.tokenizer.save_pretrained(tmp_path)
+    more = {"few_shot": {"shots": 2}, "interpolate": {"of": "lora"}}
+    tunings = {method: more.get(method, {}) for method in FAMILIES[family]}
+    found = plan(make_recipe({**content, "base": {**content["base"], "model": str(tmp_path)}, "tunings": tunings}))
+    base_bytes = held([*real.model.parameters(), *real.model.buffers()])
+    for name, one in found.items():
+        assert one.fits and one.peak_bytes == sum(one.phases[one.phase].values())
+        assert one.peak_bytes == max(sum(parts.values()) for parts in one.phases.values())
+        assert all(count >= 0 for parts in one.phases.values() for count in parts.values())
+        own = one.file_bytes
+        assert one.phases["answering"]["weights"] == pytest.approx(base_bytes + own, abs=4096), name
+        assert ("training" in one.phases) == (name not in ("zero_shot", "few_shot", "interpolate"))
+        if "training" in one.phases:
+            assert 0 < one.phases["training"]["gradients"] <= own  # the peak may be before the last of them is there
+            assert one.phases["training"]["optimizer states"] == pytest.approx(2 * own, rel=0.1)
+
+
+def test_beams_multiply_the_cache_and_a_text_metric_is_watched_with_the_optimizer_there(content: dict) -> None:
+    recipe = {**content, "tunings": {"lora": {}}}
+    greedy = plan(make_recipe(recipe))["lora"].phases["answering"]
+    training = {**content["training"], "watch": "exact_match"}
+    beams = plan(make_recipe({**recipe, "decoding": {"beams": 3}, "training": training}))["lora"].phases
+    assert "answering" not in beams
+    assert beams["validation answers"]["caches"] == pytest.approx(3 * greedy["caches"], rel=0.01)
+    assert beams["validation answers"]["optimizer states"] == beams["training"]["optimizer states"] > 0
+
+
+def test_a_freed_block_no_longer_fits_its_size_where_small_objects_settle_beside_it() -> None:
+    heap = Heap()
+    places = [heap.take(1_000_000) for _ in range(8)]
+    first = heap.most
+    for place in places[::2]:
+        heap.free(place, 1_000_000)
+    small = [heap.take(64) for _ in range(200)]
+    again = [heap.take(1_000_000) for _ in range(4)]
+    assert first < 8_100_000 and heap.most > 9_000_000
+    for size, those in ((64, small), (1_000_000, [*again, *places[1::2]])):
+        for place in those:
+            heap.free(place, size)
+    before = heap.most
+    mapped = heap.take(64 << 20)  # by itself, and given back at once
+    assert heap.most == before + (64 << 20)
+    heap.free(mapped, 64 << 20)
+    heap.restart()
+    assert heap.most == before
+
+
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("plan")
@@ -112,6 +176,9 @@ def test_a_plan_reads_no_weights_and_its_advice_lowers_the_peak(content: dict) -
     advised = {choice.change for choice in found["full"].choices}
     assert {"training.micro_batch_tokens=64", "training.gradient_checkpointing=true"} <= advised
     assert {"training.optimizer=adafactor", "tunings.full.method=lora"} <= advised
+    assert (
+        "training.micro_batch_tokens=64 --set training.gradient_checkpointing=true" in found["full"].choices[-1].change
+    )
 
 
 def test_the_command_prints_a_plan_and_refuses_a_bad_recipe(content: dict, tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ from luthier.training.settings import TrainingSettings
 from luthier.work import Work
 
 FEW = 2
-# On a CPU, what libraries hold from their first use on: their code, tables and buffers (docs/planning.md).
-PROCESS = 80_000_000
+# On a CPU, what libraries hold from their first use on, their code, tables and buffers: after reading a base, after training
+# one of almost no weights (docs/planning.md).
+READING, PROCESS = 40_000_000, 80_000_000
 
 Owned = Mapping[str, Parameter]
 
@@ -48,7 +49,7 @@ def loading(base: BaseModel, stored: torch.dtype) -> Counter[str]:
     packed = _packed(base)
     mapped = sum(one.numel() for one in base.grafts.originals.values()) * stored.itemsize
     copied = stored != base.dtype or packed
-    return Counter({"weights": ledger.live["weights"], "workspace": (mapped if copied else 0) + PROCESS})
+    return Counter({"weights": ledger.live["weights"], "workspace": (mapped if copied else 0) + READING})
 
 
 def training(

@@ -8,8 +8,9 @@ largest rows that the stage will run (`work.py`, `phases.py`), and each tensor t
 
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -79,43 +80,72 @@ def available_bytes() -> int:
 
 
 def _plan(recipe: Recipe, name: str, room: int) -> TuningPlan:
-    first = _once(recipe, name)
+    first, work = _once(recipe, name)
     if first.peak_bytes <= room:
         return replace(first, available_bytes=room, fits=True)
-    choices = []
-    for change, other in _changes(recipe, name):
-        try:
-            peak = _once(other, name).peak_bytes
-        except UserError:  # this method, or this base, cannot be had so
-            continue
-        if peak < first.peak_bytes:
-            choices.append(Choice(change, peak))
+    choices, helped = [], []
+    for change in _changes(recipe, name):
+        if (peak := _peak(recipe, name, [change], work)) is not None and peak < first.peak_bytes:
+            choices.append(Choice(change.said, peak))
+            helped.append(change)
+    together = [change for change in helped if change.keeps_method]
+    if len(together) > 1 and min(one.peak_bytes for one in choices) > room:
+        peak = _peak(recipe, name, together, work)
+        if peak is not None:
+            choices.append(Choice(" --set ".join(change.said for change in together), peak))
     return replace(first, available_bytes=room, fits=False, choices=choices)
 
 
-def _changes(recipe: Recipe, name: str) -> list[tuple[str, Recipe]]:
+def _peak(recipe: Recipe, name: str, changes: Sequence["_Change"], work: Work) -> int | None:
+    """The peak with these changes; None where this method, or this base, cannot be had so."""
+    for change in changes:
+        recipe = change.made(recipe)
+    try:
+        return _once(recipe, name, None if any(change.of_rows for change in changes) else work)[0].peak_bytes
+    except UserError:
+        return None
+
+
+@dataclass(frozen=True)
+class _Change:
+    said: str
+    made: Callable[[Recipe], Recipe]
+    of_rows: bool = False  # the rows that run together are others
+    keeps_method: bool = True
+
+
+def _changes(recipe: Recipe, name: str) -> list[_Change]:
     """Settings that may lower the peak, those that change the result least first."""
     tuning = recipe.tunings[name]
-    settings = tuning.training
 
-    def changed(**new: Any) -> Recipe:
-        return recipe.model_copy(update={"tunings": {**recipe.tunings, name: tuning.model_copy(update=new)}})
+    def changed(recipe: Recipe, **new: Any) -> Recipe:
+        one = recipe.tunings[name].model_copy(update=new)
+        return recipe.model_copy(update={"tunings": {**recipe.tunings, name: one}})
 
-    found: list[tuple[str, Recipe]] = []
+    def trained(key: str, value: Any, recipe: Recipe) -> Recipe:
+        return changed(recipe, training=replace(recipe.tunings[name].training, **{key: value}))
+
+    found: list[_Change] = []
     if isinstance(tuning.method, Method):
-        for key, value in _cheaper(settings).items():
-            shown = str(value).lower()
-            found.append((f"training.{key}={shown}", changed(training=replace(settings, **{key: value}))))
+        for key, value in _cheaper(tuning.training).items():
+            said = f"training.{key}={str(value).lower()}"
+            found.append(_Change(said, partial(trained, key, value), of_rows=key == "micro_batch_tokens"))
     if not recipe.base.quantize:
-        packed = recipe.model_copy(update={"base": replace(recipe.base, quantize="nf4")})
-        found.append(("base.quantize=nf4", packed))
+        packed = replace(recipe.base, quantize="nf4")
+        found.append(_Change("base.quantize=nf4", lambda recipe: recipe.model_copy(update={"base": packed})))
     half = max(16, recipe.max_length // 2)
-    shorter = recipe.model_copy(update={"max_length": half})
-    shorter._encoder = None  # it was made for the longer rows
-    found.append((f"max_length={half}", shorter))
+    found.append(_Change(f"max_length={half}", partial(_shortened, half), of_rows=True))
     if isinstance(tuning.method, (Full, Selective)):
-        found.append((f"tunings.{name}.method=lora", changed(method=LoRA())))
+        found.append(
+            _Change(f"tunings.{name}.method=lora", lambda recipe: changed(recipe, method=LoRA()), keeps_method=False)
+        )
     return found
+
+
+def _shortened(length: int, recipe: Recipe) -> Recipe:
+    shorter = recipe.model_copy(update={"max_length": length})
+    shorter._encoder = None  # it was made for the longer rows
+    return shorter
 
 
 def _cheaper(settings: TrainingSettings) -> dict[str, Any]:
@@ -127,7 +157,8 @@ def _cheaper(settings: TrainingSettings) -> dict[str, Any]:
     return found
 
 
-def _once(recipe: Recipe, name: str) -> TuningPlan:
+def _once(recipe: Recipe, name: str, work: Work | None = None) -> tuple[TuningPlan, Work]:
+    """The plan of one tuning, and the rows it was made for, which are read where they are not known."""
     device = resolve_device(recipe.base.device)
     dtype = resolve_dtype(recipe.base.dtype, device)
     base = BaseModel.skeleton(recipe.base, dtype)
@@ -139,7 +170,7 @@ def _once(recipe: Recipe, name: str) -> TuningPlan:
         attach(base, name, grafted, recipe.seed)
         base.use(name)
         owned = parameters(base, name)
-    work = Work.of(recipe, name, base)
+    work = work or Work.of(recipe, name, base)
     products = 0
     states: list[Tensor] = []  # of the optimizer: there until the last validation, which may write answers
     watched = bool(work.largest) and settings.watch not in ("loss", "accuracy")
@@ -163,14 +194,16 @@ def _once(recipe: Recipe, name: str) -> TuningPlan:
     peaks = {phase: sum(parts.values()) for phase, parts in found.items()}
     phase = max(peaks, key=lambda one: peaks[one])
     per_token = products / max(1, sum(len(row) for group in work.largest for row in group))
-    return TuningPlan(
+    made = TuningPlan(
         method=method.method, phases=found, phase=phase, peak_bytes=peaks[phase],
         seconds=per_token * work.tokens / matrix_rate(dtype, device) if work.largest else 0.0,
         file_bytes=sum(tensor.numel() * tensor.dtype.itemsize for tensor in owned.values()),
         rows=work.said, available_bytes=0, fits=True, choices=[],
     )  # fmt: skip
+    return made, work
 
 
+@cache
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations a second of a 512^3 product on this machine: the best of a few, in about 50 ms."""
     a: Tensor = torch.ones(512, 512, dtype=dtype, device=device)

@@ -25,7 +25,8 @@ def print_plan(name: str, plan: TuningPlan, console: Console) -> None:
         console.print(f"training computes {plan.seconds:,.0f} s of matrix products here, all else comes on top")
         console.print(f"a saved tuning takes {size(plan.file_bytes)}; lengths are those of {plan.rows}")
     for choice in plan.choices:
-        console.print(f"  --set {choice.change}: peak {size(choice.peak_bytes)}", soft_wrap=True)
+        fits = ", which fits" if choice.peak_bytes <= plan.available_bytes else ""
+        console.print(f"  --set {choice.change}: peak {size(choice.peak_bytes)}{fits}", soft_wrap=True)
     if not plan.fits and not plan.choices:
         console.print("  No setting lowers it: take a smaller base.")
     console.print()
