@@ -1,16 +1,20 @@
 # Two commands: `make demo` (all set-up, then the main job) and `make test` (all set-up, then the tests).
+# `make test-long` repeats the kills of training processes with more points for each method.
 PYTHON ?= python3
 RUN ?= runs/demo
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint setup setup-dev clean
+.PHONY: demo test test-long lint setup setup-dev clean
 
 demo: setup
 	.venv/bin/luthier run examples/demo.yaml --out $(RUN) $(if $(wildcard $(RUN)/recipe.yaml),--resume,)
 
 test: setup-dev
 	.venv/bin/python -m pytest $(PYTEST)
+
+test-long: setup-dev
+	.venv/bin/python -m pytest -m long $(PYTEST)
 
 lint: setup-dev
 	.venv/bin/ruff check .

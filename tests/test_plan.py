@@ -92,7 +92,7 @@ def test_every_method_can_be_planned_on_every_family(family: str, content: dict,
     real = tiny.make(family)
     real.config.save_pretrained(tmp_path)
     real.tokenizer.save_pretrained(tmp_path)
-    more = {"few_shot": {"shots": 2}, "interpolate": {"of": "lora"}}
+    more = {"few_shot": {"shots": "full"}, "interpolate": {"of": "lora"}}
     tunings = {method: more.get(method, {}) for method in FAMILIES[family]}
     found = plan(make_recipe({**content, "base": {**content["base"], "model": str(tmp_path)}, "tunings": tunings}))
     base_bytes = held([*real.model.parameters(), *real.model.buffers()])
@@ -102,7 +102,7 @@ def test_every_method_can_be_planned_on_every_family(family: str, content: dict,
         assert all(count >= 0 for parts in one.phases.values() for count in parts.values())
         own = one.file_bytes
         assert one.phases["answering"]["weights"] == pytest.approx(base_bytes + own, abs=4096), name
-        assert ("training" in one.phases) == (name not in ("zero_shot", "few_shot", "interpolate"))
+        assert ("training" in one.phases) == hasattr(METHODS[name], "defaults")
         if "training" in one.phases:
             assert 0 < one.phases["training"]["gradients"] <= own  # the peak may be before the last of them is there
             assert one.phases["training"]["optimizer states"] == pytest.approx(2 * own, rel=0.1)
@@ -162,8 +162,9 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict:
     }  # fmt: skip
 
 
-def test_a_plan_reads_no_weights_and_its_advice_lowers_the_peak(content: dict) -> None:
+def test_a_plan_reads_no_weights_and_its_advice_lowers_the_peak(content: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base's folder holds no weights, so nothing could be loaded."""
+    monkeypatch.setattr("luthier.plan.WORTH", 1.0)  # beside what libraries hold, all of a tiny model is little
     found = plan(make_recipe(content), available=0)
     for one in found.values():
         peaks = {phase: sum(parts.values()) for phase, parts in one.phases.items()}

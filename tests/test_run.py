@@ -21,6 +21,7 @@ from luthier.job import run
 from luthier.metrics import METRICS, metric, reading
 from luthier.models.generate import batches_by_length
 from luthier.recipe import load_recipe, make_recipe
+from luthier.recipe_schema import recipe_schema
 from luthier.report.schema import report_schema
 from luthier.session import Session
 from tests import tiny
@@ -491,6 +492,98 @@ def test_a_snapshot_is_the_tuning_of_a_shorter_training(content: dict, tmp_path:
     with pytest.raises(UserError, match="holds no tuning 'it@3'"):
         session.generate(["Anna asks"], "it@3")
     assert session.generate(["Anna asks"], "it@2") == Session(tmp_path / "short").generate(["Anna asks"], "it")
+
+
+def test_replay_trains_on_a_share_of_other_rows(content: dict, tmp_path: Path) -> None:
+    other = [{"q": f"Is {n} even?", "a": "yes" if n % 2 == 0 else "no"} for n in range(30)]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    general = {"name": "even", "template": "{{ q }} ||| {{ a }}", "train": "other.jsonl"}
+    content["training"] = {"epochs": 2, "batch_size": 4}
+    content["tunings"] = {
+        "alone": {"method": "lora", "rank": 2},
+        "with": {"method": "lora", "rank": 2, "replay": {"task": general, "share": 0.3}},
+    }
+    found = run(make_recipe(content), tmp_path / "run", isolate=False).tunings
+    alone, both = found["alone"], found["with"]
+    assert alone.steps == 2 * -(-14 // 4) and both.steps == 2 * -(-20 // 4), "14 rows are 0.7 of an epoch"
+    drawn = {row.task: row for row in both.mixture}
+    assert drawn["even"].rows == 30, "none is held out"
+    assert drawn["even"].asked == pytest.approx(0.3) and drawn["who"].asked == pytest.approx(0.7)
+    assert drawn["who"].epochs == pytest.approx(2, abs=0.15) and abs(drawn["even"].got - 0.3) < 0.05
+    assert not alone.mixture
+    recipe = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert recipe.tunings["with"].replay == make_recipe(content).tunings["with"].replay
+    jsonschema.validate(content, recipe_schema())
+    for changes, message in (
+        ({"share": 1.0}, "share is 1.0; it must be above 0 and below 1"),
+        ({"task": {**general, "name": "who"}}, "two tasks are named 'who'"),
+        ({"task": {**general, "name": "kept"}}, "another task is named 'kept' too"),
+        ({"task": {"template": "{{ q }} ||| {{ a }}", "test": "other.jsonl"}}, "needs training rows"),
+        ({"share": 0.1, "much": 1}, "unknown key 'tunings.with.replay.much'. Allowed: share, task"),
+    ):
+        wrong = {**content["tunings"]["with"], "replay": {**content["tunings"]["with"]["replay"], **changes}}
+        with pytest.raises(UserError, match=message):
+            make_recipe({**content, "tunings": {"with": wrong}})
+    content["tunings"] = {"zero_shot": {"replay": {"task": general}}}
+    with pytest.raises(UserError, match=r"unknown key 'tunings.zero_shot.replay'"):
+        make_recipe(content)
+
+
+def test_what_is_replayed_is_audited(content: dict, tmp_path: Path) -> None:
+    content["tunings"] = {
+        "it": {
+            "method": "lora",
+            "rank": 2,
+            "replay": {"task": {**content["retention"][0], "name": "again", "train": "rows.jsonl"}},
+        }
+    }
+    with pytest.raises(UserError, match="kept test: in another task's training"):
+        run(make_recipe(content), tmp_path / "run", isolate=False)
+
+
+def test_the_best_template_is_the_one_of_the_best_validation_score(content: dict, tmp_path: Path) -> None:
+    wordings = [
+        "{{ text }} ||| {{ who }}",
+        "Say who: {{ text }} ||| {{ who }} asks.",
+        "{{ text }}? {{ text }} ||| {{ who }}",
+    ]
+    content |= {"retention": [], "tunings": {"zero_shot": {}}}
+    content["task"]["metrics"] = ["rouge1", "perplexity"]
+    alone = []
+    for number, wording in enumerate(wordings):
+        content["task"]["template"] = wording
+        alone.append(run(make_recipe(content), tmp_path / str(number), isolate=False).tunings["zero_shot"])
+    best = min(range(3), key=lambda number: alone[number].validation_loss)
+    content["tunings"]["best"] = {"method": "best_template", "templates": wordings, "rows": 0}
+    found = run(make_recipe(content), tmp_path / "run", isolate=False).tunings["best"]
+    assert [one.chosen for one in found.templates["who"]] == [number == best for number in range(3)]
+    assert [one.value for one in found.templates["who"]] == pytest.approx(
+        [np.exp(one.validation_loss) for one in alone], rel=1e-5
+    )
+    assert found.scores["who"] == alone[best].scores["who"]
+    assert "The prompts tried" in (tmp_path / "run" / "report.html").read_text()
+    asked = Session(tmp_path / "run").generate([{"text": "Anna asks", "who": "Anna"}], "best")
+    assert asked == Session(tmp_path / str(best)).generate([{"text": "Anna asks", "who": "Anna"}])
+    content["tunings"]["best"] = {"method": "best_template"}
+    with pytest.raises(UserError, match="the task 'who' has one template. Name several"):
+        run(make_recipe(content), tmp_path / "other", isolate=False)
+    assert not (tmp_path / "other").exists()
+    content["tunings"] = {"zero_shot": {}}
+    content["task"]["template_choice"] = 4
+    with pytest.raises(UserError, match="has 1 template, and template_choice is 4"):
+        run(make_recipe(content), tmp_path / "other", isolate=False)
+
+
+def test_full_shows_as_many_examples_as_fit(content: dict, tmp_path: Path) -> None:
+    content |= {"retention": [], "tunings": {"zero_shot": {}, "few_shot": {"shots": [1, "full"]}}}
+    found = run(make_recipe(content), tmp_path / "run", isolate=False).tunings
+    assert list(found) == ["zero_shot", "few_shot_1", "few_shot_full"]
+    full = found["few_shot_full"]
+    one = found["few_shot_1"].prompt_tokens - found["zero_shot"].prompt_tokens
+    assert full.shots.asked >= full.shots.mean > 1
+    assert 512 - 5 - 1.2 * one < full.prompt_tokens <= 512 - 5, "the context is full, but for the answer"
+    with pytest.raises(UserError, match="shots"):
+        make_recipe({**content, "tunings": {"few_shot": {"shots": "all"}}})
 
 
 def test_draws_show_other_examples(content: dict, tmp_path: Path) -> None:

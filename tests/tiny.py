@@ -6,6 +6,8 @@ from functools import cache
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -16,6 +18,8 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -42,6 +46,8 @@ CHAT = (
 
 DECODERS = ("llama", "gpt2", "qwen2", "qwen3", "mistral", "gemma2")
 ENCODER_DECODERS = ("t5", "t5-gated")
+# Encoder-decoders with learned or sinusoidal positions, embeddings that are scaled and a bias on the logits.
+ABSOLUTE = ("bart", "pegasus")
 UNPACKED = ("opt",)
 
 
@@ -94,7 +100,7 @@ def make(
 ) -> BaseModel:
     """A tiny random base of a family, with `quantize` its linears in 4 bits."""
     torch.manual_seed(seed)
-    tokenizer = unigram() if family in ENCODER_DECODERS else byte_bpe()
+    tokenizer = unigram() if family in (*ENCODER_DECODERS, *ABSOLUTE) else byte_bpe()
     size = len(tokenizer)
     shared = {
         "vocab_size": size,
@@ -165,6 +171,17 @@ def make(
         model = T5ForConditionalGeneration(T5Config(**t5, feed_forward_proj="relu", tie_word_embeddings=True))
     elif family == "t5-gated":
         model = T5ForConditionalGeneration(T5Config(**t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+    elif family in ABSOLUTE:
+        configuration, kind = {
+            "bart": (BartConfig, BartForConditionalGeneration),
+            "pegasus": (PegasusConfig, PegasusForConditionalGeneration),
+        }[family]
+        model = kind(configuration(
+            vocab_size=size, d_model=32, encoder_layers=blocks, decoder_layers=blocks, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=512, pad_token_id=0,
+            bos_token_id=1, eos_token_id=1, decoder_start_token_id=0, forced_eos_token_id=None, scale_embedding=True,
+        ))  # fmt: skip
+        model.final_logits_bias.normal_(std=0.1)
     else:
         raise AssertionError(family)
     with torch.no_grad():  # norms away from 1 and biases away from 0, so that nothing cancels by chance

@@ -13,14 +13,14 @@ from luthier.recipe import Recipe
 
 
 def audit(recipe: Recipe, loaded: Sequence[Examples] | None = None) -> list[Finding]:
-    """All findings on the recipe's tasks, on the forms a mixture shows them in and on its retention tasks, errors first.
+    """All findings on the recipe's tasks, on the forms a mixture shows them in, on its retention tasks and what it replays, errors
+    first.
 
     Reads the tokenizer, no weights. `loaded` are the examples of tasks and retention tasks, where the caller has them. A
     kind named in the recipe's `allow` is a warning. Raises UserError for data that cannot be read at all.
     """
-    tasks = [*recipe.tasks, *recipe.retention]
-    if loaded is None:
-        loaded = [recipe.examples(task) for task in tasks]
+    tasks = [*recipe.tasks, *recipe.retention, *recipe.replayed]
+    loaded = [*(loaded or ()), *(recipe.examples(task) for task in tasks[len(loaded or ()) :])]
     named = [(task.name, examples) for task, examples in zip(tasks, loaded, strict=True)]
     forms = [(f"{task.name} ({form})", recipe.examples(own, train_only=True)) for task, form, own in _own_forms(recipe)]
     found: list[Finding] = []

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,21 +20,26 @@ from luthier.recipe import Recipe, differing_key, file_part, make_recipe, recipe
 
 
 class Answers:
-    """A task's answers as they come, a JSON line each, so that scoring which is killed goes on where it stopped."""
+    """A task's answers as they come, a JSON line each, so that scoring which is killed goes on where it stopped.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Of several processes each writes a file of its own, `path` and `path.RANK`.
+    """
+
+    def __init__(self, path: Path, rank: int = 0):
+        self.folder, self.first = path.parent, path.name
+        self.path = path.with_name(f"{path.name}.{rank}") if rank else path
 
     def known(self) -> dict[int, str]:
-        """The answers so far, by the example's place; a line that a kill cut short is dropped."""
-        if not self.path.is_file():
-            return {}
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            write_whole(self.path, whole)
-        found = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
-        return {int(one["place"]): str(one["prediction"]) for one in found}
+        """The answers so far, of all processes, by the example's place; a line that a kill cut short is dropped."""
+        found: dict[int, str] = {}
+        for path in self._files():
+            content = path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):
+                write_whole(path, whole)
+            lines = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
+            found |= {int(one["place"]): str(one["prediction"]) for one in lines}
+        return found
 
     def keep(self, found: Mapping[int, str]) -> None:
         """Add answers; they are on disk when this returns."""
@@ -44,12 +50,23 @@ class Answers:
             file.flush()
             os.fsync(file.fileno())
 
+    def forget(self) -> None:
+        """Remove the files: all is answered."""
+        for path in self._files():
+            path.unlink()
+
+    def _files(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        numbered = re.compile(re.escape(self.first) + r"(\.\d+)?")
+        return sorted(path for path in self.folder.iterdir() if numbered.fullmatch(path.name))
+
 
 class RunDirectory:
-    """Paths and state of one run."""
+    """Paths and state of one run; of several processes one `writes`."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes = path, writes
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe, resume: bool) -> "RunDirectory":
@@ -81,11 +98,11 @@ class RunDirectory:
         return directory
 
     @classmethod
-    def open(cls, path: Path) -> "RunDirectory":
+    def open(cls, path: Path, writes: bool = True) -> "RunDirectory":
         """Open an existing run; raises UserError where there is none."""
         if not (path / "recipe.yaml").is_file():
             raise UserError(f"{path} is no run directory: it holds no recipe.yaml.")
-        return cls(path)
+        return cls(path, writes)
 
     def recipe(self) -> Recipe:
         """The resolved recipe of the run."""
@@ -114,10 +131,16 @@ class RunDirectory:
 
     def save_log(self, name: str, history: list[dict[str, Any]]) -> None:
         """Write the log anew from the history: a resumed training repeats no line."""
-        write_whole(self.log(name), "".join(json.dumps(event) + "\n" for event in history).encode())
+        if self.writes:
+            write_whole(self.log(name), "".join(json.dumps(event) + "\n" for event in history).encode())
 
     def save_tuning(self, name: str, files: dict[str, bytes]) -> int:
         """Write a tuning's files as one: the folder appears whole or not at all. Returns its bytes."""
+        if self.writes:
+            self._write_tuning(name, files)
+        return sum(map(len, files.values()))
+
+    def _write_tuning(self, name: str, files: dict[str, bytes]) -> None:
         target = self.path / "tunings" / name
         partial = target.with_name(f".{name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -125,26 +148,27 @@ class RunDirectory:
             write_whole(partial / file, content)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
-        return sum(map(len, files.values()))
 
     def save_result(self, name: str, result: dict[str, Any]) -> None:
         """Write what a stage found; with this file the stage is done."""
-        write_json(self.path / "results" / f"{name}.json", result)
+        if self.writes:
+            write_json(self.path / "results" / f"{name}.json", result)
 
     def result(self, name: str) -> dict[str, Any] | None:
         """What a stage found, None where it is not done."""
         file = self.path / "results" / f"{name}.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
-    def answers_so_far(self, name: str, task: str) -> Answers:
-        """The answers of a tuning to a task so far, where scoring was stopped."""
-        return Answers(self._predictions(name, task).with_suffix(".partial"))
+    def answers_so_far(self, name: str, task: str, rank: int = 0) -> Answers:
+        """The answers of a tuning to a task so far, where scoring was stopped; `rank` is who goes on."""
+        return Answers(self._predictions(name, task).with_suffix(".partial"), rank)
 
     def save_predictions(self, name: str, task: str, lines: list[dict[str, Any]]) -> None:
         """Write every answer of a tuning to a task as JSON lines."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_whole(self._predictions(name, task), text.encode())
-        self._predictions(name, task).with_suffix(".partial").unlink(missing_ok=True)
+        if self.writes:
+            write_whole(self._predictions(name, task), text.encode())
+            self.answers_so_far(name, task).forget()
 
     def answers(self, name: str) -> dict[str, list[dict[str, Any]]]:
         """The answers of a tuning (or of the baseline) to each of the run's tasks that has some, row by row."""

@@ -45,6 +45,12 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.unlink(partial)
 
 
+def remove_partial(path: Path) -> None:
+    """Remove what writers of `path` that were killed left beside it; nobody may be writing it."""
+    for left in path.parent.glob(f".{path.name}-*"):
+        left.unlink(missing_ok=True)
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path` to fill; then rename it, so that `path` appears whole or not at all.

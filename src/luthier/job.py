@@ -13,15 +13,19 @@ from luthier.data.task import Task
 from luthier.directory import RunDirectory
 from luthier.errors import Interrupted, UserError
 from luthier.evaluation.human import human_score
+from luthier.launched import LOOK, WORD, Failure, Launched, launched
 from luthier.metrics import METRICS, metric
 from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
+from luthier.models.shard import check_shard
 from luthier.plan import TuningPlan, plan
+from luthier.prompt_search import candidates
 from luthier.recipe import BASELINE, Recipe
 from luthier.report.build import build_report
 from luthier.report.files import write_report
 from luthier.report.schema import Report
-from luthier.tuning import FewShot, Interpolation, Method, attach, detach
+from luthier.training.loop import check_ranks
+from luthier.tuning import BestTemplate, FewShot, Interpolation, Method, attach, detach
 
 
 def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool = True) -> Report:
@@ -30,7 +34,13 @@ def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool 
     With `isolate` each tuning has its own process, and its peak memory is its own; without, all share this
     one. A stopped run goes on with `resume`. Raises UserError for a mistake in the recipe or its data
     (nothing is written then) and Interrupted when a signal stopped it (its state is saved).
+
+    Where torchrun or `accelerate launch` started several processes, all call this: rank 0 checks, decides and reports,
+    and each has a process of its own for every stage, which compute together.
     """
+    process = launched()
+    if process and process.rank:
+        return _follow(process)
     loaded = [(task, recipe.examples(task)) for task in (*recipe.tasks, *recipe.retention)]
     for task, examples in loaded:
         for name in task.judged_by:
@@ -40,25 +50,58 @@ def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool 
     for tuning in recipe.tunings.values():
         if tuning.training.watch in METRICS:
             metric(tuning.training.watch).needs()
+        if process and isinstance(tuning.method, Method):
+            check_ranks(tuning.training, process.size)
     findings = audit(recipe, [examples for _, examples in loaded])
     stop_on_errors(findings)
-    _rehearse(recipe)
+    _rehearse(recipe, divides=bool(process))
     directory = RunDirectory.create(Path(out), recipe, resume)
     directory.save_audit(findings)
     stages = ([BASELINE] if recipe.retention else []) + list(recipe.tunings)
-    for name in stages:
-        if directory.result(name) is None:
-            _run_one(directory, name, isolate)
-    return _report(directory, recipe)
+    left = [name for name in stages if directory.result(name) is None]
+    if process:
+        process.tell("run", {"folder": str(directory.path.absolute()), "stages": left})
+    for name in left:
+        _run_one(directory, name, isolate, process)
+    report = _report(directory, recipe)
+    if process:
+        process.tell("reported", True)
+        process.part()
+    return report
 
 
-def _rehearse(recipe: Recipe) -> None:
-    """Attach every tuning to the base's skeleton: a pattern that matches nothing is found before hours of work."""
+def _follow(process: Launched) -> Report:
+    """Run the stages that rank 0 names, with it, and wait for its report."""
+    asked = process.ask("run")
+    try:
+        directory = RunDirectory.open(Path(asked["folder"]), writes=False)
+    except UserError as error:
+        message = f"Rank {process.rank}: {error} Put it on a file system that all machines share."
+        raise process.fail(Failure(2, message)).error() from None
+    for name in asked["stages"]:
+        _in_own_process(directory, name, process)
+    process.ask("reported")
+    process.part()
+    return Report.model_validate_json((directory.path / "report.json").read_text(encoding="utf-8"))
+
+
+def _rehearse(recipe: Recipe, divides: bool) -> None:
+    """Attach every tuning to the base's skeleton: a pattern that matches nothing is found before hours of work.
+
+    `divides`: whether there are processes over which the base is divided where `training.shard` asks for it.
+    """
     base = BaseModel.skeleton(recipe.base)
+    if divides and any(
+        one.shard for one in (recipe.training, *(tuning.training for tuning in recipe.tunings.values()))
+    ):
+        check_shard(base)
     for name in recipe.tunings:
         method = recipe.method(name)
         if isinstance(method, FewShot) and method.selection == "similar":
             needs_similar()
+        if isinstance(method, BestTemplate):
+            for task in recipe.tasks:
+                candidates(recipe, task, method)
         source = recipe.method(method.of) if isinstance(method, Interpolation) else method
         if isinstance(source, Method):
             attach(base, name, source, recipe.seed)
@@ -67,10 +110,10 @@ def _rehearse(recipe: Recipe) -> None:
             detach(base, name)
 
 
-def _run_one(directory: RunDirectory, name: str, isolate: bool) -> None:
+def _run_one(directory: RunDirectory, name: str, isolate: bool, process: Launched | None) -> None:
     try:
-        if isolate:
-            _in_own_process(directory, name)
+        if isolate or process:
+            _in_own_process(directory, name, process)
         else:
             from luthier.stage import run_stage
 
@@ -81,8 +124,10 @@ def _run_one(directory: RunDirectory, name: str, isolate: bool) -> None:
         raise
 
 
-def _in_own_process(directory: RunDirectory, name: str) -> None:
+def _in_own_process(directory: RunDirectory, name: str, process: Launched | None) -> None:
     """Run a stage as a child; a stop signal is passed on, and the child saves before it ends."""
+    if process and (failure := process.failure()):
+        raise failure.error()
     message = directory.path / ".error"
     message.unlink(missing_ok=True)
     child = subprocess.Popen(
@@ -93,7 +138,7 @@ def _in_own_process(directory: RunDirectory, name: str) -> None:
     stopped: list[int] = []
     in_main_thread = _forward_signals(child, stopped)
     try:
-        code = child.wait()
+        code = _wait(child, process)
     finally:
         if child.poll() is None:
             child.terminate()
@@ -104,16 +149,45 @@ def _in_own_process(directory: RunDirectory, name: str) -> None:
         return
     said = message.read_text(encoding="utf-8") if message.is_file() else ""
     message.unlink(missing_ok=True)
+    if process:
+        raise process.fail(_reason(code, name, process.rank, bool(stopped))).error()
     if code == 2:
         raise UserError(said)
     if said or stopped:
         raise Interrupted(said or f"{name!r} was stopped before it had begun.")
     if code < 0:
-        raise UserError(
-            f"The process of {name!r} was killed ({signal.Signals(-code).name}); what was saved is kept. If memory ran "
-            "out, lower training.micro_batch_tokens or max_length. Then continue with --resume."
-        )
+        raise UserError(_killed(code, f"The process of {name!r}"))
     raise RuntimeError(f"the stage {name!r} failed with exit code {code}; see the traceback above")
+
+
+def _wait(child: "subprocess.Popen[bytes]", process: Launched | None) -> int:
+    """The child's exit code; of several processes' children, those that wait for one that failed are ended."""
+    while process:
+        try:
+            return child.wait(LOOK)
+        except subprocess.TimeoutExpired:
+            if process.failure() is None:
+                continue
+        try:
+            return child.wait(WORD)
+        except subprocess.TimeoutExpired:
+            child.kill()
+    return child.wait()
+
+
+def _reason(code: int, name: str, rank: int, stopped: bool) -> Failure:
+    """What to tell the others of a stage that ended without having told them itself."""
+    who = f"The process of {name!r} on rank {rank}"
+    if stopped:
+        return Failure(3, f"{name!r} was stopped before it had begun.")
+    return Failure(2, _killed(code, who)) if code < 0 else Failure(1, f"{who} failed with exit code {code}.")
+
+
+def _killed(code: int, who: str) -> str:
+    return (
+        f"{who} was killed ({signal.Signals(-code).name}); what was saved is kept. If memory ran out, lower "
+        "training.micro_batch_tokens or max_length. Then continue with --resume."
+    )
 
 
 def _leave_interrupts_to_parent() -> None:

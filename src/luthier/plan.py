@@ -28,6 +28,9 @@ from luthier.work import Work
 
 PARTS = ("weights", "gradients", "optimizer states", "activations", "logits", "caches", "workspace")
 
+# A change that leaves more than this share of the peak is not worth its mention.
+WORTH = 0.99
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -85,7 +88,7 @@ def _plan(recipe: Recipe, name: str, room: int) -> TuningPlan:
         return replace(first, available_bytes=room, fits=True)
     choices, helped = [], []
     for change in _changes(recipe, name):
-        if (peak := _peak(recipe, name, [change], work)) is not None and peak < first.peak_bytes:
+        if (peak := _peak(recipe, name, [change], work)) is not None and peak < WORTH * first.peak_bytes:
             choices.append(Choice(change.said, peak))
             helped.append(change)
     together = [change for change in helped if change.keeps_method]

@@ -15,10 +15,10 @@ QUIET = 15.0
 
 
 class Progress:
-    """Shows one stage's work."""
+    """Shows one stage's work, unless `silent`."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, silent: bool = False):
+        self.name, self.silent = name, silent
         self.console = Console(highlight=False)
         self.bars = Bars(
             TextColumn("{task.fields[name]:<16.16}"),
@@ -28,7 +28,7 @@ class Progress:
             TimeRemainingColumn(compact=True),
             console=self.console,
             transient=False,
-            disable=not self.console.is_terminal,
+            disable=silent or not self.console.is_terminal,
         )
         self.current: TaskID | None = None
         self.what = ""
@@ -47,6 +47,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line that stays."""
+        if self.silent:
+            return
         if self.console.is_terminal:
             self.bars.console.print(f"[dim]{self.name}: {text}[/dim]")
         else:
@@ -87,6 +89,8 @@ class Progress:
         self._show(event["step"], event["steps"], note)
 
     def _show(self, done: int, of: int, note: str) -> None:
+        if self.silent:
+            return
         if self.current is not None:
             self.bars.update(self.current, completed=done, total=of, note=note)
         now = time.monotonic()

@@ -19,6 +19,7 @@ from pydantic import (
 
 from luthier.data.load import load_examples
 from luthier.data.mixture import Member, Mixture, TaskOrMixture
+from luthier.data.replay import Replay
 from luthier.data.task import Examples, Task
 from luthier.encoding.encoder import Encoder, PromptTokens
 from luthier.errors import UserError, nearest
@@ -46,6 +47,7 @@ class Tuning(BaseModel):
     method: AnyMethod
     training: TrainingSettings = TrainingSettings()
     tasks: list[str] | None = None  # of a mixture, those to train on; None: all
+    replay: Replay | None = None  # general examples to train on beside them
 
     @model_serializer
     def _flat(self) -> dict[str, Any]:
@@ -54,6 +56,8 @@ class Tuning(BaseModel):
             flat["training"] = TypeAdapter(TrainingSettings).dump_python(self.training)
         if self.tasks is not None:
             flat["tasks"] = self.tasks
+        if self.replay is not None:
+            flat["replay"] = TypeAdapter(Replay).dump_python(self.replay)
         return flat
 
 
@@ -83,6 +87,12 @@ class Recipe(BaseModel):
         """The task, or the tasks of the mixture."""
         return self.task.all_tasks() if isinstance(self.task, Mixture) else [self.task]
 
+    @property
+    def replayed(self) -> list[Task]:
+        """The tasks that tunings replay, each once."""
+        found = {one.replay.task.name: one.replay.task for one in self.tunings.values() if one.replay}
+        return list(found.values())
+
     def method(self, name: str) -> AnyMethod:
         """The method of a tuning, with what it takes from its tasks: the answer choices to start a prompt from."""
         tuning = self.tunings[name]
@@ -100,6 +110,8 @@ class Recipe(BaseModel):
                 if not isinstance(self.task, Mixture):
                     raise ValueError(f"tunings.{name}.tasks chooses from a mixture, but the recipe has one task")
                 self.task.only(tuning.tasks)
+            if tuning.replay is not None:
+                self._check_replay(name, tuning.replay)
         self._check_interpolations()
         streamed = [task.name for task in self.tasks if task.train and task.train.stream]
         for name, tuning in self.tunings.items():
@@ -125,6 +137,16 @@ class Recipe(BaseModel):
                         f"{task.judged_by[-1]}, which is no share from 0 to 1; put one that is last in its metrics"
                     )
         return self
+
+    def _check_replay(self, name: str, replay: Replay) -> None:
+        """A replayed task is told apart from all others by its name."""
+        replay.beside(self.task)
+        others = [*self.retention, *(one.replay.task for one in self.tunings.values() if one.replay)]
+        for other in others:
+            if other.name == replay.task.name and other != replay.task:
+                raise ValueError(
+                    f"tunings.{name}.replay: another task is named {other.name!r} too; give this one another `name`"
+                )
 
     def _check_interpolations(self) -> None:
         """An interpolation reads the weights of a tuning that was trained before it."""
@@ -165,10 +187,15 @@ class Recipe(BaseModel):
             self._encoder = self.encoder(tokenizer, config.is_encoder_decoder, context_length(config, DEFAULT_CONTEXT))
         return self._encoder
 
+    @property
+    def data_folder(self) -> Path:
+        """Where relative data files lie."""
+        return Path(self.data)
+
     def examples(self, task: Task, train_only: bool = False) -> Examples:
         """A task's rows, split and rendered. Raises UserError as `load_examples` does."""
         counter = lambda: PromptTokens(self.read_encoder())  # noqa: E731
-        return load_examples(task, Path(self.data), self.seed, counter=counter, train_only=train_only)
+        return load_examples(task, self.data_folder, self.seed, counter=counter, train_only=train_only)
 
 
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
@@ -242,11 +269,13 @@ def _set(whole: dict[str, Any], change: str) -> None:
 def _nested(given: Any, shared: dict[str, Any]) -> Any:
     if not isinstance(given, dict):
         return given
-    method = {key: value for key, value in given.items() if key not in ("training", "tasks")}
+    own_keys = ("tasks", "replay")
+    method = {key: value for key, value in given.items() if key not in ("training", *own_keys)}
     trains = hasattr(METHODS.get(method.get("method", "")), "defaults")
-    chosen = {"tasks": given["tasks"]} if "tasks" in given and trains else {}
-    if "tasks" in given and not trains:
-        method["tasks"] = given["tasks"]  # nothing is trained: an unknown key
+    chosen = {key: given[key] for key in own_keys if key in given}
+    if not trains:
+        method |= chosen  # nothing is trained: unknown keys
+        chosen = {}
     own = given.get("training") or {}
     if own and not trains:
         return {"method": method, "training": {"nothing is trained, so remove": own}}
@@ -290,11 +319,13 @@ def _place(loc: Sequence[Any]) -> list[str]:
 def _allowed(place: list[str], loc: Sequence[Any]) -> list[str]:
     if not place:
         return list(Recipe.model_fields)
+    if place[-1] == "replay":
+        return [one.name for one in fields(Replay)]
     if place[-1] == "training":
         return [one.name for one in fields(TrainingSettings)]
     if place[0] == "tunings":
         kind = METHODS.get(str(loc[3])) if len(loc) > 3 else None
-        return [*(one.name for one in fields(kind)), "training", "tasks"] if kind else []  # type: ignore[arg-type]
+        return [*(one.name for one in fields(kind)), "training", "tasks", "replay"] if kind else []  # type: ignore[arg-type]
     if place[0] == "decoding":
         return [one.name for one in fields(Decoding)]
     if place[0] == "base":

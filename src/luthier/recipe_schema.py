@@ -22,6 +22,7 @@ def recipe_schema() -> dict[str, Any]:
         if hasattr(kind, "defaults"):
             one["properties"]["training"] = {"$ref": "#/$defs/TrainingSettings"}
             one["properties"]["tasks"] = {"type": "array", "items": {"type": "string"}}
+            one["properties"]["replay"] = {"$ref": "#/$defs/Replay"}
         tuned.append(one)
     definitions["Tuning"] = {"anyOf": [*tuned, {"type": "null"}]}
     properties = schema["properties"]
@@ -36,6 +37,7 @@ def recipe_schema() -> dict[str, Any]:
     definitions["Mixture"]["anyOf"] = [{"required": ["tasks"]}, {"required": ["preset", "sources"]}]
     definitions["Mixture"]["properties"]["tasks"]["items"] = {"anyOf": [*either["anyOf"], {"$ref": "#/$defs/Member"}]}
     definitions["Member"]["properties"]["task"] = either
+    definitions["Replay"]["properties"]["task"] = task
     properties["task"] = either
     properties["retention"] = {"type": "array", "items": task, "default": RETENTION}
     properties["tunings"] = {

@@ -1,18 +1,19 @@
 """Using a finished run: one base in memory, its tunings by name."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from luthier.data.formats.chat import LOGS, read_conversation
 from luthier.data.task import Example, Task
-from luthier.data.templates import AnyTemplate, resolve_templates
+from luthier.data.templates import AnyTemplate, chosen_templates
 from luthier.directory import RunDirectory
 from luthier.errors import UserError, nearest
 from luthier.models.base import BaseModel
 from luthier.models.decoding import Decoding
 from luthier.models.generate import generate
-from luthier.tuning import FewShot, Interpolation, Method
+from luthier.tuning import BestTemplate, FewShot, Interpolation, Method
 from luthier.tuning.files import load_tuning
 
 
@@ -41,7 +42,7 @@ class Session:
         text is the prompt itself. `task` names one of a mixture, whose template is then used. Raises UserError for an unknown tuning and for a prompt longer than the context.
         """
         reserve = self._use(tuning)
-        asked = self._task(task, raw)
+        asked = self._worded(tuning, self._task(task, raw))
         new_tokens = max_new_tokens or asked.max_new_tokens
         prompts = []
         for number, text in enumerate(texts, 1):
@@ -106,8 +107,16 @@ class Session:
 
     def _template(self, task: Task) -> AnyTemplate:
         """The task's template, the first where it has several."""
-        assert task.template is not None
-        return resolve_templates(task.template, task.choices, Path(self.recipe.data))[0].template
+        return chosen_templates(task, Path(self.recipe.data))[0].template
+
+    def _worded(self, tuning: str | None, task: Task) -> Task:
+        """The task with the template that a best_template chose for it."""
+        method = self.recipe.tunings[tuning].method if tuning in self.recipe.tunings else None
+        found = self.directory.result(tuning) if tuning and isinstance(method, BestTemplate) else None
+        if found is None or not isinstance(method, BestTemplate):
+            return task
+        number = next(one["number"] for one in found["templates"][task.name] if one["chosen"])
+        return replace(task, template=method.templates or task.template, template_choice=number)
 
     def _example(self, task: Task, text: str | Mapping[str, Any], raw: bool, number: int) -> Example:
         if task.format:

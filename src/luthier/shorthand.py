@@ -30,6 +30,9 @@ def expand(whole: dict[str, Any], where: str) -> dict[str, Any]:
             name: {"method": name, **(given or {})} if given is None or isinstance(given, dict) else given
             for name, given in tunings.items()
         }
+        for given in named.values():
+            if isinstance(given, dict) and isinstance(given.get("replay"), dict) and "task" in given["replay"]:
+                given["replay"] = {**given["replay"], "task": _task(given["replay"]["task"], folder, where)}
         whole["tunings"] = {
             new: one for name, given in named.items() for new, one in _few_shot(str(name), given, where).items()
         }

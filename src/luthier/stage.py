@@ -9,18 +9,25 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from luthier.data.shots import choose_shots, similar_shots, with_shots
 from luthier.data.task import Example, Examples, Task
 from luthier.directory import RunDirectory
 from luthier.errors import Interrupted, UserError
+from luthier.launched import WORD, Failure, Launched, launched
 from luthier.models.base import BaseModel
+from luthier.models.load import resolve_device
 from luthier.models.memory import peak_bytes, resident_bytes
+from luthier.models.shard import shard
 from luthier.progress import Progress
-from luthier.recipe import BASELINE
+from luthier.prompt_search import best_templates
+from luthier.recipe import BASELINE, Recipe
 from luthier.scoring import (
     Stage,
     encode,
@@ -33,30 +40,46 @@ from luthier.scoring import (
 from luthier.snapshots import keep_snapshots, score_snapshots, snapshot_steps
 from luthier.training.frozen_rows import frozen_rows
 from luthier.training.log import log_hooks, tracker_hooks
-from luthier.training.loop import train
+from luthier.training.loop import Hook, train
+from luthier.training.ranks import ALONE, Ranks
+from luthier.training.settings import TrainingSettings
 from luthier.training_rows import training_rows
-from luthier.tuning import FewShot, Interpolation, Method, Prompting, attach, parameters
+from luthier.tuning import BestTemplate, FewShot, Interpolation, Method, Prompting, attach, parameters
 from luthier.tuning.files import load_tuning, pack
 
-EXIT_INTERRUPTED = 3
+EXIT_INTERRUPTED, EXIT_PEER = 3, 4
 DRAWS_APART = 1_000_003  # between the seeds of few-shot draws, so that no run's next seed draws the same
 
 
-def run_stage(directory: RunDirectory, name: str, should_stop: Callable[[], bool] = lambda: False) -> None:
-    """Run one stage: a tuning of the recipe, or the baseline. Its result file is written last."""
+def run_stage(
+    directory: RunDirectory,
+    name: str,
+    should_stop: Callable[[], bool] = lambda: False,
+    process: Launched | None = None,
+) -> None:
+    """Run one stage: a tuning of the recipe, or the baseline. Its result file is written last.
+
+    `process` is this one of several that run the stage together.
+    """
     after_import = resident_bytes()
     recipe = directory.recipe()
     tasks = [(task, recipe.examples(task)) for task in recipe.tasks]
-    with Progress(name) as progress:
+    ranks = Ranks.join(process, name, resolve_device(recipe.base.device)) if process else ALONE
+    with Progress(name, silent=ranks.rank > 0) as progress:
         if skipped := [row for _, examples in tasks for row in examples.skipped]:
             progress.say(
                 f"{len(skipped)} rows skipped, to which their template does not apply: "
                 f"{', '.join(skipped[:3])}{' ...' if len(skipped) > 3 else ''}"
             )
         progress.say("loading the base")
-        base = BaseModel.load(recipe.base)
+        ranks.sharded = ranks.size > 1 and _settings(recipe, name).shard
+        base = BaseModel.load(recipe.base, torch.device("cpu") if ranks.sharded else None)
+        ranks.agree("base model", base.fingerprint())
+        ranks.agree("version of torch and precision", [torch.__version__, str(base.dtype)])
         encoder = recipe.encoder(base.tokenizer, base.encoder_decoder, base.context)
-        stage = Stage(directory, recipe, base, encoder, tasks, progress, should_stop)
+        stage = Stage(directory, recipe, base, encoder, tasks, progress, should_stop, ranks)
+        if ranks.sharded and (name == BASELINE or isinstance(recipe.method(name), Prompting)):
+            shard(base, None, ranks.device)
         if name == BASELINE:
             result: dict[str, Any] = {"scores": score_retention(stage, name, 0)}
         else:
@@ -71,16 +94,31 @@ def run_stage(directory: RunDirectory, name: str, should_stop: Callable[[], bool
     directory.save_result(name, result)
 
 
+def _settings(recipe: Recipe, name: str) -> TrainingSettings:
+    """The training settings of a stage; those of the recipe where it trains nothing."""
+    method = None if name == BASELINE else recipe.method(name)
+    if isinstance(method, Interpolation):
+        return recipe.tunings[method.of].training
+    return recipe.tunings[name].training if isinstance(method, Method) else recipe.training
+
+
 def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
     """Score the base as it is; its retention is the baseline's, for nothing was changed."""
     asked = method.shot_count()
+    tried: dict[str, Any] = {}
+    if isinstance(method, BestTemplate):
+        chosen, tried = best_templates(stage, method)
+        stage = replace(stage, tasks=chosen)
     if asked:  # training's limit on rows is no limit on what the model can read
         stage = replace(stage, encoder=stage.encoder.widened(stage.base.context))
     similar = isinstance(method, FewShot) and method.selection == "similar"
+    full = isinstance(method, FewShot) and method.shots == "full"
     seed = stage.recipe.seed + DRAWS_APART * (method.draw if isinstance(method, FewShot) else 0)
-    prepared = [(task, _shown(stage, task, examples, asked, similar, seed)) for task, examples in stage.tasks]
+    prepared = [(task, _shown(stage, task, examples, asked, similar, seed, full)) for task, examples in stage.tasks]
     kept = [len(example.shots) for _, examples in prepared for example in examples.test]
-    if asked and min(kept) < asked:
+    if full:
+        asked = max(kept)
+    elif asked and min(kept) < asked:
         stage.progress.say(
             f"{sum(count < asked for count in kept)} of {len(kept)} prompts hold fewer than {asked} shots "
             f"(least {min(kept)}): the limit is {stage.encoder.max_length} tokens"
@@ -101,13 +139,18 @@ def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
         "shots": {"asked": asked, "least": min(kept), "mean": sum(kept) / len(kept)},
         "scores": scores,
         "inference": request_cost(stage, None, 0),
+        "templates": tried,
         "history": [],
         "cut": 0,
     }
 
 
-def _shown(stage: Stage, task: Task, examples: Examples, asked: int, similar: bool, seed: int) -> Examples:
-    """Validation and test with `asked` training examples in each prompt, or as many as fit."""
+def _shown(
+    stage: Stage, task: Task, examples: Examples, asked: int, similar: bool, seed: int, full: bool = False
+) -> Examples:
+    """Validation and test with `asked` training examples in each prompt, or as many as fit; `full`: or as there are."""
+    if full:
+        asked = min(asked, sum(bool(one.completion) for one in examples.train))
     budget = stage.encoder.max_length - task.max_new_tokens
     same = choose_shots(examples.train, asked, seed) if asked and not similar else []
 
@@ -128,21 +171,30 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
     for task, examples in stage.tasks:
         if not examples.train:
             raise UserError(f"{name!r} has to be trained, but the task {task.name!r} has no training rows (`train`).")
-    validation = encode(stage, validation_examples(stage, recipe.tunings[name].tasks), reserve, "validation")
+    ranks = stage.ranks
+    own = recipe.tunings[name].tasks
+    validation = encode(stage, validation_examples(stage, own), reserve, "validation")
     trained = directory.result(f"{name}.trained")
     if trained is None:
         attach(base, name, method, recipe.seed)
+        if ranks.sharded:
+            shard(base, name, ranks.device)
         settings = recipe.tunings[name].training
         say = stage.progress.say
         enrich = (lambda rows: frozen_rows(base, name, rows, say)) if settings.frozen_cache else (lambda rows: rows)
-        rows, describe = training_rows(recipe, recipe.tunings[name], stage.tasks, encoder, reserve, say, enrich)
+        with ranks.one_by_one():  # the first prepares the rows in the cache, the others find them there
+            rows, describe = training_rows(recipe, recipe.tunings[name], stage.tasks, encoder, reserve, say, enrich)
         steps = settings.steps(len(rows))
         stage.progress.begin("training", steps)
         snapshots = snapshot_steps(steps, settings.snapshots)
-        with (
-            log_hooks(directory.log(name), directory.path / "tensorboard" / name) as logs,
-            tracker_hooks(settings.trackers, name, directory.path, recipe.model_dump(mode="json")) as trackers,
-        ):
+        with ExitStack() as stack:
+            hooks: list[Hook] = []
+            if directory.writes:
+                hooks = [stage.progress.training]
+                hooks += stack.enter_context(log_hooks(directory.log(name), directory.path / "tensorboard" / name))
+                told = recipe.model_dump(mode="json")
+                hooks += stack.enter_context(tracker_hooks(settings.trackers, name, directory.path, told))
+                hooks += [keep_snapshots(stage, name, snapshots)]
             done = train(
                 base,
                 name,
@@ -150,9 +202,10 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
                 settings,
                 recipe.seed,
                 directory.checkpoints(name),
-                validate=(lambda: validate(stage, validation, reserve, settings.watch)) if validation else None,
-                hooks=[stage.progress.training, *logs, *trackers, keep_snapshots(stage, name, snapshots)],
+                validate=(lambda: validate(stage, validation, reserve, settings.watch, own)) if validation else None,
+                hooks=hooks,
                 should_stop=stage.should_stop,
+                ranks=ranks,
             )
         directory.save_log(name, done.history)
         peak = peak_bytes()
@@ -177,6 +230,8 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
         directory.save_result(f"{name}.trained", trained)
     else:
         load_tuning(base, directory.tuning(name), name)
+        if ranks.sharded:
+            shard(base, name, ranks.device)
     base.use(name)
     return {
         **trained,
@@ -192,6 +247,8 @@ def _interpolation(stage: Stage, name: str, method: Interpolation) -> dict[str, 
     load_tuning(base, directory.tuning(method.of), name)
     source: Method = base.methods[name]
     source.toward_base(base, name, method.share)
+    if stage.ranks.sharded:
+        shard(base, name, stage.ranks.device)
     base.use(name)
     reserve = source.virtual_tokens()
     rows = encode(stage, validation_examples(stage, stage.recipe.tunings[method.of].tasks), reserve, "validation")
@@ -228,15 +285,22 @@ def main(path: str, name: str) -> int:
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda received, _: asked.append(received))
     _stop_with_parent()
-    directory = RunDirectory.open(Path(path))
+    process = launched(hosts=False)
+    directory = RunDirectory.open(Path(path), writes=not (process and process.rank))
     try:
-        run_stage(directory, name, should_stop=lambda: bool(asked))
-    except UserError as error:
-        (directory.path / ".error").write_text(str(error), encoding="utf-8")
-        return 2
-    except Interrupted as stop:
-        (directory.path / ".error").write_text(str(stop), encoding="utf-8")
-        return EXIT_INTERRUPTED
+        run_stage(directory, name, lambda: bool(asked), process)
+    except (UserError, Interrupted) as error:
+        code = 2 if isinstance(error, UserError) else EXIT_INTERRUPTED
+        if process:
+            process.fail(Failure(code, str(error)))
+        else:
+            (directory.path / ".error").write_text(str(error), encoding="utf-8")
+        return code
+    except Exception:
+        # Where another process is gone, what it said is the reason, not that it does not answer any more.
+        if process and process.failure(within=WORD):
+            return EXIT_PEER
+        raise
     return 0
 
 

@@ -1,10 +1,10 @@
 """What a tuning is trained on: its task's rows, or draws from a mixture; and the table of what was drawn."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from luthier.data.forms import InForm, in_form
-from luthier.data.mixture import entries, epoch_size
+from luthier.data.mixture import Mixture, entries, epoch_size
 from luthier.data.stored import StoredExamples
 from luthier.data.task import Examples, ExampleStream, Task
 from luthier.encoding.encoder import Encoded, Encoder
@@ -44,14 +44,21 @@ def training_rows(
         drawn = tuning.training.max_steps * tuning.training.batch_size
         return Streamed(stream, lambda one: encoder.encode_all(one, reserve), drawn)
 
-    if isinstance(mixture, Task):
+    if isinstance(mixture, Task) and not tuning.replay:
         own = examples[mixture.name]
         if own.stream is not None:
             flow = streamed(own.stream)
             return flow, lambda batch, steps: {"cut": 0, "left_out": flow.left_out, "mixture": []}
         rows = encode(_stored(own), "training")
         return Shuffled(enrich(rows), seed), lambda batch, steps: {"cut": len(rows.cut_rows), "mixture": []}
-    chosen = mixture.only(tuning.tasks) if tuning.tasks else mixture
+    chosen = mixture.only(tuning.tasks) if tuning.tasks and isinstance(mixture, Mixture) else mixture
+    size = None
+    if tuning.replay:
+        examples |= {tuning.replay.task.name: recipe.examples(tuning.replay.task)}
+        # An epoch goes through what is to be learnt as often as without the replay.
+        size = round(_size_of(chosen, examples) / (1 - tuning.replay.share))
+        chosen = tuning.replay.beside(chosen)
+    assert isinstance(chosen, Mixture)
     count = lambda task: len(examples[task.name].train)  # noqa: E731
     flat = entries(chosen, count)
     budget = encoder.max_length - reserve
@@ -71,7 +78,7 @@ def training_rows(
         )
         each.append(encode(shown, f"training ({entry.task.name}, {entry.form})"))
     enriched = [enrich(rows) if isinstance(rows, StoredRows) else rows for rows in each]
-    stream = Mixed(enriched, [entry.rate for entry in flat], epoch_size(chosen, count), seed)
+    stream = Mixed(enriched, [entry.rate for entry in flat], size or epoch_size(chosen, count), seed)
 
     def describe(batch: int, steps: int) -> dict[str, Any]:
         drawn = step_places(stream, batch, steps - 1).stop if steps else 0
@@ -95,6 +102,13 @@ def training_rows(
         }
 
     return stream, describe
+
+
+def _size_of(own: Task | Mixture, examples: Mapping[str, Examples]) -> int:
+    """Draws of an epoch over what is to be learnt."""
+    if isinstance(own, Task):
+        return len(examples[own.name].train)
+    return epoch_size(own, lambda task: len(examples[task.name].train))
 
 
 def _stored(examples: Examples) -> StoredExamples:

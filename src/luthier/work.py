@@ -52,6 +52,7 @@ class Work:
         extra = _shots(method, tasks, encoder)
         if extra:
             encoder = encoder.widened(base.context)
+            extra = min(extra, encoder.max_length)
         groups = micro_batches(
             [_longer(row, extra, encoder.max_length) for row in encode_all(encoder, held, reserve)],
             EVALUATION_TOKENS,

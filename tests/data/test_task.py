@@ -221,3 +221,23 @@ def test_a_missing_bm25s_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("luthier.data.shots.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"selection: similar needs the package bm25s.*luthier\[similar\]"):
         similar_shots([], [], 1, seed=0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 8, 9, 50])
+def test_as_many_shots_as_fit_are_found_without_counting_all(count: int) -> None:
+    shots = [("q" * (1 + 7 * place % 11), "a") for place in range(count)]
+    question, tokens = Example("q", "what", "that"), lambda one: sum(len(a) + len(b) for a, b in one.shots) + 8
+    for budget in range(0, 8 + sum(len(a) + 1 for a, _ in shots) + 3, 3):
+        fit = max(
+            (
+                kept
+                for kept in range(count + 1)
+                if tokens(Example("q", "what", "that", shots=tuple(shots[:kept]))) <= budget
+            ),
+            default=0,
+        )
+        assert with_shots(question, shots, budget, tokens).shots == tuple(shots[:fit])
+        assert with_shots(question, shots, budget, tokens, first_last=True).shots == tuple(shots[:fit][::-1])
+    counted: list[int] = []
+    with_shots(question, [("q", "a")] * 500, 30, lambda one: counted.append(len(one.shots)) or tokens(one))
+    assert max(counted) <= 16, "never more than twice as many as fit"

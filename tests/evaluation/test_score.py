@@ -135,3 +135,15 @@ def test_answers_that_were_known_are_not_computed_again(
     assert found == expected
     assert sorted([*known, *again]) == list(range(11)), "each once"
     assert answers.known() == {place: one.prediction for place, one in enumerate(expected)}
+
+
+def test_answers_of_several_processes_are_known_together(tmp_path: Path) -> None:
+    first, second = (Answers(tmp_path / "lora.partial", rank) for rank in range(2))
+    other = Answers(tmp_path / "lora.kept.partial")
+    for one, found in ((first, {0: "a"}), (second, {7: "b"}), (other, {0: "c"})):
+        one.keep(found)
+    with second.path.open("ab") as file:  # a kill in the middle of a line
+        file.write(b'{"place": 8')
+    assert Answers(tmp_path / "lora.partial").known() == {0: "a", 7: "b"}
+    first.forget()
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.kept.partial"]

@@ -11,7 +11,7 @@ from luthier.encoding.encoder import Encoded
 from luthier.models.base import BaseModel
 from luthier.models.loss import label_scores, loss_sum
 
-FAMILIES = tiny.DECODERS + tiny.UNPACKED + tiny.ENCODER_DECODERS
+FAMILIES = tiny.DECODERS + tiny.UNPACKED + tiny.ENCODER_DECODERS + tiny.ABSOLUTE
 
 
 def rows_for(base: BaseModel, count: int = 5, seed: int = 0) -> list[Encoded]:

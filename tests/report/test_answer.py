@@ -16,16 +16,23 @@ def difference(ours: str, theirs: str, value: float, p: float, corrected: float,
     )
 
 
-def report(metric: str, values: dict[str, float], pairs: list[Difference], retention: list | None = None) -> Given:
+def report(
+    metric: str,
+    values: dict[str, float],
+    pairs: list[Difference],
+    retention: list | None = None,
+    losses: dict | None = None,
+) -> Given:
     tunings = {
         name: Given(
             trainable_parameters=0 if "shot" in name else 10 * (place + 1),
+            validation_loss=(losses or {}).get(name),
             trainable_share=0.0 if "shot" in name else 0.1,
             scores={"t": {metric: Given(value=value, signature="metric:x|n:40|more")}},
         )
         for place, (name, value) in enumerate(values.items())
     }
-    return Given(task="t", metric=metric, tunings=tunings, comparisons=pairs, retention=retention or [])
+    return Given(task="t", metric=metric, tunings=tunings, comparisons=pairs, retention=retention or [], runs=[])
 
 
 def test_a_lead_that_correction_does_not_bear_is_not_claimed() -> None:
@@ -68,7 +75,38 @@ def test_what_was_lost_is_said_in_the_metrics_own_unit() -> None:
         Given(tuning="lora", task="c", metric="perplexity", difference=3.0, low=1.0, high=5.0),
     ]
     text = answer(report("bleu", {"lora": 0.3}, [], lost))
-    assert text.endswith("It lost 7.1 points on a and 0.50 nist on b.")
+    assert text.endswith("It lost 7.1 points on a and 0.50 nist on b; the perplexity on c rose by 3.00.")
+    text = answer(report("bleu", {"lora": 0.3}, [], lost[2:]))
+    assert text.endswith("The perplexity on c rose by 3.00.")
+    kept = Given(tuning="lora", task="d", metric="accuracy", difference=0.0, low=-0.1, high=0.1)
+    assert answer(report("bleu", {"lora": 0.3}, [], [kept, *lost[2:]])).endswith(
+        "It lost nothing measurable on d; the perplexity on c rose by 3.00."
+    )
+    assert answer(report("bleu", {"lora": 0.3}, [], [kept])).endswith("It forgot nothing measurable on d.")
+
+
+def test_the_best_is_chosen_on_validation_and_the_test_judges_it() -> None:
+    values = {"zero_shot": 0.2, "small": 0.34, "large": 0.33}
+    losses = {"zero_shot": 3.0, "small": 2.4, "large": 2.0}
+    pairs = [
+        difference("small", "zero_shot", 0.14, 0.001, 0.003),
+        difference("large", "zero_shot", 0.13, 0.001, 0.003),
+        difference("large", "small", -0.01, 0.001, 0.003),
+    ]
+    assert answer(report("bleu", values, pairs, losses=losses)).startswith("small is the smallest"), (
+        "not worse than the best"
+    )
+    sizes = {"zero_shot": 0.2, "large": 0.33, "small": 0.34}  # now the better one is the larger one
+    said = answer(report("bleu", sizes, pairs, losses=losses))
+    assert (
+        said.startswith("large is the smallest tuning within noise of the best")
+        and "; on the test small did better" in said
+    )
+    losses["zero_shot"] = 1.0
+    assert answer(report("bleu", values, pairs, losses=losses)).startswith("small is"), (
+        "the prompt is beaten on the test"
+    )
+    assert answer(report("bleu", values, [], losses=losses)).startswith("Prompting is enough")
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from luthier.errors import Interrupted, UserError
+from luthier.launched import WORD, Failure, Launched, launched
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
@@ -48,11 +50,27 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2, f"error: {error}", Failure(2, str(error)))
     except KeyboardInterrupt:
-        print("stopped: nothing had begun.", file=sys.stderr)
-        sys.exit(130)
+        _leave(130, "stopped: nothing had begun.", Failure(3, "Nothing had begun."))
     except Interrupted as stop:
-        print(f"stopped: {stop} Continue with --resume.", file=sys.stderr)
-        sys.exit(130)
+        _leave(130, f"stopped: {stop} Continue with --resume.", Failure(3, str(stop)))
+
+
+def _leave(code: int, said: str, failure: Failure) -> NoReturn:
+    """Say why and end; of several processes rank 0 says it, for all."""
+    process: Launched | None = None
+    told = False
+    with suppress(UserError, RuntimeError):  # where the others cannot be reached, each says it itself
+        process = launched()
+        if process:
+            where = f"Rank {process.rank}: " if process.rank else ""
+            process.fail(Failure(failure.code, where + failure.message))
+            told = bool(process.rank) and process.heard("said", within=WORD)
+    if not told:
+        print(said, file=sys.stderr, flush=True)
+    with suppress(UserError, RuntimeError):
+        if process:
+            process.tell("said", True)
+            process.part()
+    sys.exit(code)

@@ -8,6 +8,7 @@ import typer
 
 from luthier.cli.app import Changes, RecipeFile, app, console, read_recipe
 from luthier.errors import UserError
+from luthier.launched import launched
 
 
 @app.command()
@@ -23,6 +24,8 @@ def run(
 
     target = out or Path("runs") / recipe.stem
     report = run_recipe(read_recipe(recipe, set_), target, resume=resume)
+    if (process := launched()) and process.rank:
+        return
     print_report(report, console)
     console.print(f"report: {target / 'report.html'}   (numbers: {target / 'report.json'})")
 

@@ -21,9 +21,11 @@ def print_plan(name: str, plan: TuningPlan, console: Console) -> None:
     console.print(table)
     verdict = "fits" if plan.fits else "[red]does not fit[/red]"
     console.print(f"peak {size(plan.peak_bytes)} in {plan.phase}, {size(plan.available_bytes)} free: {verdict}")
-    if plan.file_bytes:
+    if plan.rows:
         console.print(f"training computes {plan.seconds:,.0f} s of matrix products here, all else comes on top")
-        console.print(f"a saved tuning takes {size(plan.file_bytes)}; lengths are those of {plan.rows}")
+        console.print(f"lengths are those of {plan.rows}")
+    if plan.file_bytes:
+        console.print(f"a saved tuning takes {size(plan.file_bytes)}")
     for choice in plan.choices:
         fits = ", which fits" if choice.peak_bytes <= plan.available_bytes else ""
         console.print(f"  --set {choice.change}: peak {size(choice.peak_bytes)}{fits}", soft_wrap=True)

@@ -17,7 +17,7 @@ from luthier.data.source import Source, iterate_rows, source_digest
 from luthier.data.stored import ExampleFile, StoredExamples, packed
 from luthier.data.streams import RowStream
 from luthier.data.task import SPLITS, Example, Examples, Split, Task
-from luthier.data.templates import NamedTemplate, resolve_templates
+from luthier.data.templates import NamedTemplate, chosen_templates
 from luthier.data.worker import RenderWorker
 from luthier.errors import UserError
 from luthier.workers import ordered_map, processors
@@ -47,7 +47,7 @@ def load_examples(
     that fit a prompt into a limit. `train_only` leaves the held-out rows unread. Raises UserError for unreadable rows, a split without rows and a split whose
     targets are all empty.
     """
-    templates = resolve_templates(task.template, task.choices, folder) if task.template is not None else []
+    templates = chosen_templates(task, folder)
     tokens = counter() if counter and any(one.counts for one in templates) else None
     given = {split: getattr(task, split) for split in SPLITS}
     key = digest(
@@ -226,8 +226,7 @@ class Renderer:
             yield _conversation(task, row, references)
             return
         if self._templates is None:
-            assert task.template is not None
-            self._templates = resolve_templates(task.template, task.choices, self.folder)
+            self._templates = chosen_templates(task, self.folder)
         chosen = self._templates
         if len(chosen) > 1 and (split != "train" or task.template_choice == "seeded"):
             chosen = [random.Random(f"template {self.seed} {row.id}").choice(chosen)]

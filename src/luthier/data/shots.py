@@ -9,6 +9,8 @@ from typing import Any
 from luthier.data.task import Example
 from luthier.errors import UserError
 
+FEW = 8  # so many are counted together first: they mostly fit
+
 
 def choose_shots(train: Sequence[Example], count: int, seed: int) -> list[tuple[str, str]]:
     """Draw `count` prompt/completion pairs from the training split, by seed."""
@@ -70,9 +72,17 @@ def with_shots(
 
     With `first_last` they stand in reverse: the first, kept longest, right before the question.
     """
-    for kept in range(len(shots), 0, -1):
-        fitting = shots[:kept][::-1] if first_last else shots[:kept]
-        fuller = replace(example, shots=(*fitting, *example.shots))
-        if count_tokens(fuller) <= budget:
-            return fuller
-    return example
+    ordered = lambda kept: shots[:kept][::-1] if first_last else shots[:kept]  # noqa: E731
+    shown = lambda kept: replace(example, shots=(*ordered(kept), *example.shots)) if kept else example  # noqa: E731
+    fits = lambda kept: count_tokens(shown(kept)) <= budget  # noqa: E731
+    if len(shots) <= FEW and fits(len(shots)):
+        return shown(len(shots))
+    # Of very many only about as many are counted as fit: doubled until they do not, then halved.
+    least, most = 0, 1
+    while most <= len(shots) and fits(most):
+        least, most = most, 2 * most
+    most = min(most, len(shots) + 1)
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle)
+    return shown(least)

@@ -33,7 +33,8 @@ class Task:
     `format` reads chat logs instead: every answer of a conversation is learnt, a row's own system prompt goes before
     `system`. `template` is Jinja text (``prompt ||| completion``), ``promptsource:FOLDER/name``, ``flan:FILE/task``,
     ``tk-instruct:def+pos2`` (for Super-NaturalInstructions), a path to a templates.yaml, or a
-    list of these. With several, each row takes one by seed, or training rows take each (`template_choice: all`).
+    list of these. With several, each row takes one by seed, or training rows take each (`template_choice: all`), or all rows take the
+    one of a number from 1 (`template_choice: 2`).
     A split is a file (`path`, or `{path, columns, limit}`) or, for validation and test, a share
     (0.1) or a number (50) of the training rows, drawn once with the recipe's seed, each value of the column
     `stratify` in its proportion. `references`
@@ -57,7 +58,7 @@ class Task:
     chain_of_thought: str | None = None
     inverted: str | None = None
     stratify: str | None = None
-    template_choice: Literal["seeded", "all"] = "seeded"
+    template_choice: Literal["seeded", "all"] | int = "seeded"
     references: list[str] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
     max_new_tokens: int = 64
@@ -81,6 +82,8 @@ class Task:
                 )
             if not isinstance(split, Source) and split < 0:
                 raise ValueError(f"a split of {split} rows or share is negative")
+        if isinstance(self.template_choice, int) and self.template_choice < 1:
+            raise ValueError(f"template_choice is {self.template_choice}; templates are counted from 1")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
 

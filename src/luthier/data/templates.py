@@ -10,7 +10,7 @@ from luthier.data.formats.flan_file import find_templates
 from luthier.data.formats.promptsource import Entry, find_template, read_templates
 from luthier.data.formats.superni import TkInstructTemplate, TokenCounter, read_form
 from luthier.data.library import template_files
-from luthier.data.task import Frame
+from luthier.data.task import Frame, Task
 from luthier.data.template import SEPARATOR, Template
 from luthier.data.worker import RenderWorker
 from luthier.errors import UserError, nearest
@@ -95,6 +95,21 @@ def resolve_templates(
     if not found:
         raise UserError("The task names no template. Write `template: prompt ||| completion`.")
     return found
+
+
+def chosen_templates(task: Task, folder: Path) -> list[NamedTemplate]:
+    """The templates that a task's rows take: all of them, or the one of its number; none for chat logs."""
+    if task.template is None:
+        return []
+    found = resolve_templates(task.template, task.choices, folder)
+    if not isinstance(task.template_choice, int):
+        return found
+    if task.template_choice > len(found):
+        raise UserError(
+            f"The task {task.name!r} has {len(found)} template{'s' if len(found) > 1 else ''}, and template_choice is "
+            f"{task.template_choice}."
+        )
+    return [found[task.template_choice - 1]]
 
 
 def in_set(spec: str, kind: str) -> str:

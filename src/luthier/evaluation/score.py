@@ -19,6 +19,8 @@ from luthier.models.loss import label_scores
 EVALUATION_TOKENS = 4096
 
 Question = tuple[str, list[int], list[list[int]]]  # id, prompt ids, ids of each choice
+# Applies a function to all batches of places, some of them in other processes: a list of answers for each batch.
+Gathered = Callable[[Callable[[Sequence[list[int]]], list[list[str]]], Sequence[list[int]]], list[list[str]]]
 
 
 @dataclass(frozen=True)
@@ -67,28 +69,41 @@ def answer(
     decoding: Decoding = GREEDY,
     known: Mapping[int, str] | None = None,
     keep: Callable[[dict[int, str]], None] = lambda found: None,
+    gathered: Gathered = lambda function, batches: function(batches),
 ) -> list[Prediction]:
     """Answer each example with the active tuning: by its choices where it has some, else by generating.
 
     Answers are given to `keep` batch by batch, by the example's place; batches whose answers are all `known` from before
-    are not computed again. The batches are always the same, so what is computed does not depend on what was known.
+    are not computed again. The batches are always the same, so what is computed depends neither on what was known nor on
+    how they are divided over processes (`gathered`).
     """
     prompts = [prompt_ids(encoder, example, reserve + max_new_tokens) for example in examples]
     texts = dict(known or {})
     choices = bool(examples) and all(example.choices for example in examples)
     batches = _by_size(base, encoder, examples, prompts) if choices else batches_by_length(prompts)
-    for places in batches:
-        if not all(place in texts for place in places):
-            if choices:
-                found = _choose(
-                    base, encoder, [examples[place] for place in places], [prompts[place] for place in places]
-                )
-            else:
-                found = _write(base, encoder, prompts, places, max_new_tokens, decoding, len(texts), tell)
-            answered = dict(zip(places, found, strict=True))
-            keep(answered)
-            texts |= answered
-        tell(len(texts), len(prompts))
+
+    def answers(own: Sequence[list[int]]) -> list[list[str]]:
+        every = sum(map(len, own))
+        done = sum(place in texts for places in own for place in places)
+        for places in own:
+            if not all(place in texts for place in places):
+                done -= sum(place in texts for place in places)
+                if choices:
+                    found = _choose(
+                        base, encoder, [examples[place] for place in places], [prompts[place] for place in places]
+                    )
+                else:
+                    chosen = [prompts[place] for place in places]
+                    found = _write(base, encoder, chosen, places, max_new_tokens, decoding, done, every, tell)
+                answered = dict(zip(places, found, strict=True))
+                keep(answered)
+                texts.update(answered)
+                done += len(places)
+            tell(done, every)
+        return [[texts[place] for place in places] for places in own]
+
+    for places, found in zip(batches, gathered(answers, batches), strict=True):
+        texts |= zip(places, found, strict=True)
     return [
         Prediction(
             example.id,
@@ -123,19 +138,19 @@ def _write(
     max_new_tokens: int,
     decoding: Decoding,
     before: int,
+    of: int,
     tell: Callable[[int, int], None],
 ) -> list[str]:
-    """Generate the answers of one batch; `before` answers are there already."""
+    """Generate the answers of one batch; `before` answers `of` so many are there already."""
     done = before
 
     def finished(_: int, __: list[int]) -> None:
         nonlocal done
         done += 1
-        tell(min(done, len(prompts)), len(prompts))
+        tell(done, of)
 
-    chosen = [prompts[place] for place in places]
     written = generate(
-        base, chosen, max_new_tokens, encoder.stops, on_finished=finished, decoding=decoding, places=places
+        base, prompts, max_new_tokens, encoder.stops, on_finished=finished, decoding=decoding, places=places
     )
     return [encoder.decode(ids) for ids in written]
 

@@ -37,6 +37,10 @@ from luthier.models.quantize import QuantizedLinear, adopt_packed, is_packed, qu
 PACKED_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma2"}
 
 
+# Their states leave the decoder unscaled where the head is tied, and grow beyond float16's range.
+T5_FAMILIES = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+
+
 class BaseModel:
     """A frozen model with its tokenizer and the tunings attached to it."""
 
@@ -62,19 +66,23 @@ class BaseModel:
         model.set_attn_implementation(attention.NAME if self.packs else "eager")
         self.grafts = Grafts(model)
         self.grafts.use(None)
+        self.sharded = False  # divided over processes: see shard.py
         self.embedding_noise = 0.0  # NEFTune's alpha, while a tuning is trained
         self.methods: dict[str, Any] = {}  # tuning name -> the method that attached it
 
     @classmethod
-    def load(cls, spec: BaseSpec) -> "BaseModel":
-        """Read a base model; raises UserError where there is none by that name."""
+    def load(cls, spec: BaseSpec, at: torch.device | None = None) -> "BaseModel":
+        """Read a base model, onto `at` where its own device is not yet to hold it whole.
+
+        Raises UserError where there is none by that name.
+        """
         keep_freed_memory()
         device = resolve_device(spec.device)
         dtype = resolve_dtype(spec.dtype, device)
         model, tokenizer = read_model(spec, dtype)
-        if dtype == torch.float16 and model.config.model_type == "t5":
-            raise UserError("T5 overflows in float16: use dtype bfloat16 or float32.")
-        base = cls(model, tokenizer, spec, device)
+        if dtype == torch.float16 and model.config.model_type in T5_FAMILIES:
+            raise UserError(f"{model.config.model_type.upper()} overflows in float16: use dtype bfloat16 or float32.")
+        base = cls(model, tokenizer, spec, at or device)
         give_back_freed_memory()  # what reading and packing took
         return base
 
@@ -133,6 +141,10 @@ class BaseModel:
         """16 hex digits of the architecture and of samples of every weight, the same in any precision and in 4 bits."""
         return self._fingerprint or _fingerprint(self.model, self.grafts.originals)
 
+    def keep_fingerprint(self) -> None:
+        """Remember the fingerprint: it can be taken of whole weights only."""
+        self._fingerprint = self.fingerprint()
+
     def use(self, name: str | None, merged: bool = False) -> None:
         """Let the tuning `name` (None: the bare base) answer from here on.
 
@@ -157,9 +169,11 @@ class BaseModel:
     def logits(self, states: Tensor) -> Tensor:
         """Apply the head: (N, D) states to (N, vocabulary) logits, scaled and capped as the model does."""
         config = self.config
-        if self.encoder_decoder and getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
+        if self.family in T5_FAMILIES and getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
             states = states * config.d_model**-0.5
         logits: Tensor = self.model.get_output_embeddings()(states)
+        if (bias := getattr(self.model, "final_logits_bias", None)) is not None:  # BART and its kin
+            logits = logits + bias[0]
         if scale := getattr(config, "logit_scale", None):
             logits = logits * scale
         if scale := getattr(config, "logits_scaling", None):
@@ -258,7 +272,10 @@ class BaseModel:
         if segments:
             self.grafts.use_segments(segments, row_parts(segments), axis=0)
         padded, mask = pad(embedded, lengths)
-        encoded: Tensor = self.model.get_encoder()(inputs_embeds=padded, attention_mask=mask).last_hidden_state
+        encoder = self.model.get_encoder()
+        # Pegasus, Marian and others scale what they look up themselves, and nothing that they are given.
+        padded = padded * getattr(encoder, "embed_scale", 1.0)
+        encoded: Tensor = encoder(inputs_embeds=padded, attention_mask=mask).last_hidden_state
         return encoded, mask
 
     def decode_targets(self, batch: Batch, encoded: Tensor, mask: Tensor) -> Tensor:

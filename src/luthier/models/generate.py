@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
 from luthier.models.attention import Packing, RowCache
@@ -180,6 +180,20 @@ class _Drawn(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(1, tokens[:, None], 0.0)
 
 
+def _own_generate(base: BaseModel, **options: Any) -> Tensor:
+    """transformers' `generate`, told everything here: what the model's generation_config asks for (a least length, no
+    repetitions) would otherwise be obeyed unseen.
+    """
+    asked = base.model.generation_config
+    start = base.decoder_start if base.encoder_decoder else None
+    base.model.generation_config = GenerationConfig(decoder_start_token_id=start)
+    try:
+        found: Tensor = base.model.generate(**options)
+        return found
+    finally:
+        base.model.generation_config = asked
+
+
 def _decode_padded(
     base: BaseModel, prompts: list[list[int]], new_tokens: int, stop: set[int], decoding: Decoding, numbers: list[int]
 ) -> Iterator[tuple[int, list[int]]]:
@@ -207,8 +221,8 @@ def _decode_padded(
                 "past_key_values": before["past_key_values"],
                 "decoder_attention_mask": before["attention_mask"],
             }
-        out = base.model.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded), attention_mask=mask, **options
+        out = _own_generate(
+            base, encoder_outputs=BaseModelOutput(last_hidden_state=encoded), attention_mask=mask, **options
         )[:, 1:]  # without the decoder's start token
     else:
         embedded, lengths, _ = base.embed(packed, ())
@@ -218,7 +232,7 @@ def _decode_padded(
             options["past_key_values"], mask = before["past_key_values"], before["attention_mask"]
             # `generate` takes the embeddings of all that the mask covers and skips what the cache holds.
             padded = torch.cat([padded.new_zeros(len(prompts), max(prefixes.lengths), padded.shape[2]), padded], dim=1)
-        out = base.model.generate(inputs_embeds=padded, attention_mask=mask, **options)
+        out = _own_generate(base, inputs_embeds=padded, attention_mask=mask, **options)
     for row, ids in enumerate(out.tolist()):
         end = next((place for place, token in enumerate(ids) if token in stop), len(ids))
         yield row, ids[:end]

@@ -160,6 +160,15 @@ class Grafts:
         self.route.parts = tuple((segment.name, part) for segment, part in zip(segments, parts, strict=True))
         self.route.axis = axis
 
+    def adopt(self) -> None:
+        """Take the parameters that now stand in the modules for the base's and the tuning's in use: others replaced them."""
+        for place, (module, key, _) in self._places.items():
+            self._places[place] = (module, key, module._parameters[key])  # type: ignore[assignment]
+        for name, places in self.slots.items():
+            self.originals[name] = self._places[places[0]][2]
+        for key, where in self._where.get(self._substituted or "", {}).items():
+            self.substitutes[self._substituted or ""][key] = self._places[where[0]][2]
+
     @contextmanager
     def bare(self) -> Iterator[None]:
         """The base without any tuning; what was in use before is so again afterwards."""

@@ -77,12 +77,11 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 def context_length(config: Any, default: int) -> int:
-    """The longest row in tokens; `default` for a model without a limit of its own (T5)."""
-    if not config.is_encoder_decoder:
-        for key in ("max_position_embeddings", "n_positions"):
-            if isinstance(limit := getattr(config, key, None), int):
-                return limit
-    return default
+    """The longest row in tokens; `default` for a model without a limit of its own (T5 counts distances)."""
+    if hasattr(config, "relative_attention_num_buckets"):
+        return default
+    limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
+    return next((limit for limit in limits if isinstance(limit, int)), default)
 
 
 def read_tokenizer(spec: BaseSpec) -> tuple[Any, Any]:

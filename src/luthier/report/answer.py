@@ -6,16 +6,22 @@ from luthier.report.schema import Report, Retention
 
 
 def answer(report: Report) -> str:
-    """One or two sentences drawn from the report's corrected p-values and intervals, never from the bare means."""
+    """One or two sentences drawn from the report's corrected p-values and intervals, never from the bare means.
+
+    The best is the one of the least validation loss (of several runs, whose validation rows may differ, of the best test
+    score), so that the test judges what it did not choose.
+    """
     prompting = [name for name, tuning in report.tunings.items() if not tuning.trainable_parameters]
     tuned = [name for name in report.tunings if name not in prompting]
-    best = max(report.tunings, key=lambda name: _rank(report, name))
+    best = _best(report)
     if not tuned:
         return f"{best} is the best prompt, at {_named(report, best)}; no tuning was trained."
     # Cheapest first: the smallest tuning that cannot be told from the best one.
     within = [name for name in tuned if name == best or not _worse(report, name, best)]
-    if best in prompting:
+    ahead = [name for name in tuned if _better(report, name, best)]
+    if best in prompting and not ahead:
         return f"Prompting is enough on this evidence: {best} reaches {_named(report, best)} and no tuning beats it."
+    within = ahead if best in prompting else within
     chosen = min(within, key=lambda name: (report.tunings[name].trainable_parameters, -_rank(report, name)))
     beaten = [name for name in prompting if _better(report, chosen, name)]
     text = f"{chosen} is the smallest tuning within noise of the best, at {_named(report, chosen)}"
@@ -25,7 +31,17 @@ def answer(report: Report) -> str:
     elif prompting:
         unclear = [name for name in prompting if name not in beaten]
         text += f"; its lead over {' and '.join(unclear)} is not certain on {_count(report)} examples"
+    if better_ones := [name for name in tuned if _better(report, name, chosen)]:
+        text += f"; on the test {' and '.join(better_ones)} did better"
     return f"{text}. {_forgetting(report, chosen)}".strip()
+
+
+def _best(report: Report) -> str:
+    losses = {name: tuning.validation_loss for name, tuning in report.tunings.items()}
+    known = {name: loss for name, loss in losses.items() if loss is not None}
+    if not report.runs and len(known) == len(losses):
+        return min(known, key=lambda name: known[name])
+    return max(report.tunings, key=lambda name: _rank(report, name))
 
 
 def value(report: Report, name: str) -> float:
@@ -56,13 +72,25 @@ def _worse(report: Report, ours: str, theirs: str) -> bool:
 
 
 def _forgetting(report: Report, name: str) -> str:
-    rows = [one for one in report.retention if one.tuning == name and one.metric not in MODEL_METRICS]
+    """What was lost for certain: of scores in points; a loss, which moves first, is told beside them."""
+    rows = [one for one in report.retention if one.tuning == name]
+    scores = [one for one in rows if one.metric not in MODEL_METRICS]
+    lost = [one for one in rows if gain(one.low, one.high, one.metric)[1] < 0]
+    told = [f"{_points(one)} on {one.task}" for one in lost if one in scores]
+    rises = [f"the {one.metric} on {one.task} rose by {abs(one.difference):.2f}" for one in lost if one not in scores]
     if not rows:
         return ""
-    lost = [one for one in rows if gain(one.low, one.high, one.metric)[1] < 0]
     if not lost:
-        return f"It forgot nothing measurable on {' and '.join(one.task for one in rows)}."
-    return "It lost " + " and ".join(f"{_points(one)} on {one.task}" for one in lost) + "."
+        return f"It forgot nothing measurable on {_listed([one.task for one in rows])}."
+    said = f"It lost {' and '.join(told)}" if told else ""
+    if scores and not told:
+        said = f"It lost nothing measurable on {_listed([one.task for one in scores])}"
+    whole = "; ".join(part for part in (said, " and ".join(rises)) if part)
+    return f"{whole[0].upper()}{whole[1:]}."
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]
 
 
 def _points(one: Retention) -> str:

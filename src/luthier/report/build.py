@@ -119,6 +119,7 @@ def _tuning(
         history=result["history"],
         scores=scores,
         inference=result.get("inference"),
+        templates=result.get("templates", {}),
         snapshots=[
             Snapshot(step=one["step"], scores={task: _scores(found) for task, found in one["scores"].items()})
             for one in result.get("snapshots", [])

@@ -2,7 +2,7 @@
 
 import yaml
 
-from luthier.report.cells import NOTHING, Cell, Table
+from luthier.report.cells import NOTHING, Cell, Table, score_cell
 from luthier.report.figures import base_name
 from luthier.report.parts import base_of, bases
 from luthier.report.schema import MixtureRow, Report
@@ -70,6 +70,18 @@ def _seconds(seconds: float) -> Cell:
 
 def _rate(tokens: float) -> Cell:
     return Cell(f"{tokens:,.1f}", value=tokens)
+
+
+def templates_table(report: Report) -> Table:
+    """What each template that was tried scored on validation; the best was taken."""
+    rows = []
+    for name, tuning in report.tunings.items():
+        for task, tried in tuning.templates.items():
+            metric = list(tuning.scores[task])[-1] if task in tuning.scores else report.metric
+            for one in tried:
+                chosen = Cell("chosen" if one.chosen else "")
+                rows.append((Cell(name, value=name), Cell(task), Cell(one.name), score_cell(one, metric), chosen))
+    return Table("templates", ("tuning", "task", "template", "on validation", ""), tuple(rows))
 
 
 def mixture_tables(report: Report) -> dict[str, Table]:

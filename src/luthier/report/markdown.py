@@ -11,6 +11,7 @@ from luthier.report.cost_tables import (
     mixture_tables,
     runs_table,
     settings_table,
+    templates_table,
 )
 from luthier.report.figures import base_name, unscaled
 from luthier.report.parts import parts
@@ -64,6 +65,7 @@ def markdown(report: Report) -> str:
             "Against the best prompt with shots; a trained token counts as three read ones.",
             break_even_table(report),
         ),
+        ("The prompts tried", "The best on validation answered the test.", templates_table(report)),
         ("What a request costs", REQUEST_NOTE, inference_table(report)),
         ("Disk for 1, 10, 100 tasks", "", disk_table(report)),
         ("Warnings about the data", "", audit_table(report)),

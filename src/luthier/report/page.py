@@ -16,6 +16,7 @@ from luthier.report.cost_tables import (
     runs_table,
     settings_table,
     settings_text,
+    templates_table,
 )
 from luthier.report.figures import base_name, figure, unscaled
 from luthier.report.memory_chart import memory_chart
@@ -58,6 +59,7 @@ def page(report: Report) -> str:
         shots_chart=shots_chart(report),
         break_even=break_even_table(report),
         inference=inference_table(report),
+        templates=templates_table(report),
         disk=disk_table(report),
         audit=audit_table(report),
         settings=settings_table(report),

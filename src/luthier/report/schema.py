@@ -63,6 +63,14 @@ class Inference(Speed):
     merged: Speed | None = Field(description="With the tuning folded into the weights; null where it cannot be.")
 
 
+class TriedTemplate(Score):
+    """A template that a best_template tried, with the task's main metric on validation rows."""
+
+    name: str
+    number: int
+    chosen: bool
+
+
 class Snapshot(_Part):
     """A tuning as it was after a step of its training."""
 
@@ -104,6 +112,7 @@ class TuningReport(_Part):
     history: list[dict[str, Any]]
     scores: dict[str, dict[str, Score]]
     inference: Inference | None = None
+    templates: dict[str, list[TriedTemplate]] = Field({}, description="By task, what best_template chose among.")
     snapshots: list[Snapshot] = Field([], description="As training.snapshots asks for, in the order of steps.")
     run: str | None = Field(default=None, description="Of several runs compared: the one it is from.")
     seeds: list[int] = Field(

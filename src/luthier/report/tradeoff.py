@@ -30,6 +30,7 @@ class Way:
     tuning: str
     interpolated: bool
     points: list[Point]
+    colour: int  # the place in the report of the tuning, or of its first interpolation
 
     @property
     def name(self) -> str:
@@ -61,19 +62,22 @@ def ways(report: Report) -> list[Way]:
             continue
         run = name.rpartition("/")[0]
         start = _start(report, run, {one.task: one.before.value for one in report.retention if one.tuning == name})
-        for interpolated, middle in ((False, _snapshots(tuning)), (True, _interpolations(report, run, name))):
-            end = (float(tuning.steps) if not interpolated else 1.0, tuning.scores)
-            points = [_point(report, by, where, scores) for where, scores in [*sorted(middle, key=_where), end]]
+        for interpolated, middle in ((False, _snapshots(name, tuning)), (True, _interpolations(report, run, name))):
+            end = Scored(1.0 if interpolated else float(tuning.steps), name, tuning.scores)
+            points = [_point(report, by, one) for one in [*sorted(middle, key=lambda one: one.where), end]]
             if middle and all(points):
-                found.append(Way(name, interpolated, start + [one for one in points if one]))
+                colour = list(report.tunings).index(middle[0].tuning)
+                found.append(Way(name, interpolated, start + [one for one in points if one], colour))
     return found
 
 
-Scores = dict[str, dict[str, Score]]
+@dataclass(frozen=True)
+class Scored:
+    """All scores at a place of a way, and the tuning of the report that they are of."""
 
-
-def _where(one: tuple[float, Scores]) -> float:
-    return one[0]
+    where: float
+    tuning: str
+    scores: dict[str, dict[str, Score]]
 
 
 def _start(report: Report, run: str, before: dict[str, float]) -> list[Point]:
@@ -84,13 +88,13 @@ def _start(report: Report, run: str, before: dict[str, float]) -> list[Point]:
     return []
 
 
-def _snapshots(tuning: TuningReport) -> list[tuple[float, Scores]]:
-    return [(float(one.step), one.scores) for one in tuning.snapshots]
+def _snapshots(name: str, tuning: TuningReport) -> list[Scored]:
+    return [Scored(float(one.step), name, one.scores) for one in tuning.snapshots]
 
 
-def _interpolations(report: Report, run: str, of: str) -> list[tuple[float, Scores]]:
+def _interpolations(report: Report, run: str, of: str) -> list[Scored]:
     return [
-        (float(one.settings.get("share", 0.5)), one.scores)
+        Scored(float(one.settings.get("share", 0.5)), name, one.scores)
         for name, one in report.tunings.items()
         if one.method == "interpolate"
         and name.rpartition("/")[0] == run
@@ -98,14 +102,14 @@ def _interpolations(report: Report, run: str, of: str) -> list[tuple[float, Scor
     ]
 
 
-def _point(report: Report, by: dict[str, Retention], where: float, scores: Scores) -> Point | None:
+def _point(report: Report, by: dict[str, Retention], found: Scored) -> Point | None:
     """None where a task of the report was not scored there."""
-    main = scores.get(report.task, {}).get(report.metric)
-    kept = {task: scores.get(task, {}).get(one.metric) for task, one in by.items()}
+    main = found.scores.get(report.task, {}).get(report.metric)
+    kept = {task: found.scores.get(task, {}).get(one.metric) for task, one in by.items()}
     if main is None:
         return None
     known = {task: one.value for task, one in kept.items() if one is not None}
-    return Point(where, main.value, known) if known.keys() == by.keys() else None
+    return Point(found.where, main.value, known) if known.keys() == by.keys() else None
 
 
 def tradeoff_charts(report: Report) -> list[tuple[str, str]]:
@@ -116,8 +120,8 @@ def tradeoff_charts(report: Report) -> list[tuple[str, str]]:
     for one in {one.task: one for one in report.retention}.values() if found else ():
         own = reading(one.metric).scale
         series = [
-            Series(place, way.name, [(point.score * scale, point.kept[one.task] * own) for point in way.points])
-            for place, way in enumerate(found)
+            Series(way.colour, way.name, [(point.score * scale, point.kept[one.task] * own) for point in way.points])
+            for way in found
         ]
         title = f"{one.task} ({one.metric}) against {report.metric}"
         drawn.append((title, lines(series, title, report.metric, one.metric, from_zero=False, marks=True)))

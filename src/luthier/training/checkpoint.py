@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from luthier.files import whole_file
+from luthier.models.shard import read_parts, whole
 
 
 @dataclass
@@ -30,24 +30,44 @@ class Progress:
 
 
 def write_checkpoint(
-    path: Path, progress: Progress, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+    path: Path, progress: Progress, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], writes: bool = True
 ) -> None:
-    """Write weights, optimizer state, random generators and position atomically."""
+    """Write weights, optimizer state, random generators and position atomically.
+
+    Tensors that are divided over ranks are written whole: all ranks call this, and one `writes`.
+    """
     tensors = {f"weight.{key}": tensor for key, tensor in weights.items()}
     tensors |= {f"optimizer.{key}": tensor for key, tensor in optimizer.items()}
     tensors["generator.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["generator.cuda"] = torch.cuda.get_rng_state()
-    flat = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    with whole_file(path) as partial:
-        save_file(flat, partial, metadata={"progress": json.dumps(asdict(progress))})
+    write_tensors(path, tensors, {"progress": json.dumps(asdict(progress))}, writes)
 
 
-def read_checkpoint(path: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
-    """Read progress, weights and optimizer state; set the random generators as they were."""
-    with safe_open(path, framework="pt") as file:
-        progress = Progress(**json.loads(file.metadata()["progress"]))
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None, writes: bool = True
+) -> None:
+    """Write tensors as a whole safetensors file, divided ones gathered: all ranks call this, and one `writes`."""
+    flat = {}
+    for key, tensor in tensors.items():
+        gathered = whole(tensor.detach())
+        if writes:
+            flat[key] = gathered.cpu().contiguous()
+    if writes:
+        with whole_file(path) as partial:
+            save_file(flat, partial, metadata=metadata)
+
+
+def read_checkpoint(
+    path: Path, owned: Mapping[str, Tensor] | None = None
+) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
+    """Read progress, weights and optimizer state; set the random generators as they were.
+
+    Of what is divided as in `owned` only this rank's part is read.
+    """
+    known = owned or {}
+    metadata, tensors = read_parts(path, lambda key: known.get(key.removeprefix("weight.").rpartition("/")[2]))
+    progress = Progress(**json.loads(metadata["progress"]))
     torch.set_rng_state(tensors["generator.cpu"])
     if torch.cuda.is_available() and "generator.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["generator.cuda"])

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from luthier.encoding.batches import collate, micro_batches
 from luthier.encoding.encoder import Encoded
 from luthier.encoding.order import Stream, step_rows
 from luthier.errors import Interrupted, UserError
-from luthier.files import whole_file
+from luthier.files import remove_partial
 from luthier.models.allocator import give_back_freed_memory
 from luthier.models.base import BaseModel
 from luthier.models.loss import loss_sum
 from luthier.models.recompute import recomputed
-from luthier.training.checkpoint import Progress, read_checkpoint, write_checkpoint
+from luthier.models.shard import inside, locals_of, read_parts
+from luthier.training.checkpoint import Progress, read_checkpoint, write_checkpoint, write_tensors
 from luthier.training.optimizer import Optimizer
+from luthier.training.ranks import ALONE, Ranks
 from luthier.training.rates import rate_factors
 from luthier.training.settings import TrainingSettings
 from luthier.tuning.files import copy_into
@@ -58,8 +59,11 @@ def train(
     validate: Callable[[], Validation] | None = None,
     hooks: Sequence[Hook] = (),
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> Progress:
     """Train the attached tuning `name`; the base's own weights never move.
+
+    Of several `ranks` each runs its share of every batch, and rank 0 alone writes.
 
     Keeps the weights with the best of what `settings.watch` names. `folder` holds the checkpoint; one that is there is
     continued. Each step and each validation is told to `hooks` as a dict.
@@ -69,16 +73,20 @@ def train(
     owned = parameters(base, name)
     peak = settings.learning_rate or method.defaults.learning_rate
     decay = method.defaults.weight_decay if settings.weight_decay is None else settings.weight_decay
-    optimizer = Optimizer(owned, decay, settings.optimizer, rate_factors(owned, settings, base.blocks))
+    optimizer = Optimizer(owned, decay, settings.optimizer, rate_factors(owned, settings, base.blocks), ranks)
     steps = settings.steps(len(rows))
     validate_every = settings.validate_every or -(-len(rows) // settings.batch_size)
     checkpoint, best = folder / "checkpoint.safetensors", folder / "best.safetensors"
+    check_ranks(settings, ranks.size)
+    if ranks.rank == 0:
+        for path in (checkpoint, best):
+            remove_partial(path)
 
     torch.manual_seed(seed)
     progress = Progress(micro_batch_tokens=settings.micro_batch_tokens)
     if checkpoint.is_file():
-        progress, weights, state = read_checkpoint(checkpoint)
-        copy_into(owned, weights, str(checkpoint))
+        progress, weights, state = read_checkpoint(checkpoint, owned)
+        copy_into(locals_of(owned), weights, str(checkpoint))
         optimizer.restore(state)
         rows.restore(progress.stream)
 
@@ -92,7 +100,9 @@ def train(
         started = time.perf_counter()
         step = progress.step
         batch = step_rows(rows, settings.batch_size, step)
-        loss, tokens = _gradients(base, name, batch, settings, progress, tell)
+        if ranks.size > 1:
+            torch.manual_seed(ranks.seed(seed, step))
+        loss, tokens = _gradients(base, name, batch, settings, progress, tell, ranks)
         rate = settings.rate(step, steps, peak)
         norm = optimizer.step(rate, settings.clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -106,37 +116,56 @@ def train(
             give_back_freed_memory()
         seconds = time.perf_counter() - started
         progress.seconds += seconds
-        progress.tokens += tokens
+        progress.tokens += int(tokens)
         event = {"step": progress.step, "steps": steps, "loss": loss, "rate": rate, "norm": norm}
-        tell(event | {"tokens": tokens, "step_seconds": seconds})
+        tell(event | {"tokens": int(tokens), "step_seconds": seconds})
         if validate and (progress.step % validate_every == 0 or progress.step == steps):
-            _validate(base, name, progress, validate, settings.watch, best, tell)
+            _validate(base, name, progress, validate, settings.watch, best, tell, ranks)
             if settings.early_stopping and progress.without_gain >= settings.early_stopping:
                 break
-        stopping = should_stop()
+        stopping = ranks.any(should_stop())
         if stopping or (progress.step % settings.checkpoint_every == 0 and progress.step < steps):
             progress.stream = rows.state()
-            write_checkpoint(checkpoint, progress, owned, optimizer.state())
+            write_checkpoint(checkpoint, progress, owned, optimizer.state(), writes=ranks.rank == 0)
         if stopping:
+            ranks.wait()  # until it is written
             raise Interrupted(
                 f"Training {name!r} was stopped after step {progress.step} of {steps}; its state is saved."
             )
     if progress.best_step and progress.best_step != progress.step:
-        copy_into(owned, load_file(best), str(best))
+        copy_into(locals_of(owned), read_parts(best, owned.get)[1], str(best))
     return progress
 
 
+def check_ranks(settings: TrainingSettings, size: int) -> None:
+    """Raise UserError for settings with which so many processes cannot train."""
+    if size > settings.batch_size:
+        raise UserError(
+            f"training.batch_size is {settings.batch_size} for {size} processes: each needs at least a row of every step. "
+            f"Set it to {size} or more, or start fewer processes."
+        )
+
+
 def _gradients(
-    base: BaseModel, name: str, rows: list[Encoded], settings: TrainingSettings, progress: Progress, tell: Hook
-) -> tuple[float, int]:
-    """Gradients of one optimizer batch: the mean loss and the tokens run. Halves the budget where asked and needed."""
+    base: BaseModel,
+    name: str,
+    rows: list[Encoded],
+    settings: TrainingSettings,
+    progress: Progress,
+    tell: Hook,
+    ranks: Ranks = ALONE,
+) -> tuple[float, float]:
+    """Gradients of one optimizer batch, of all ranks: the mean loss and the tokens run. Halves the budget where asked and
+    needed.
+    """
     start = torch.get_rng_state()
     base.embedding_noise = settings.neftune
     try:
         with recomputed(base.model) if settings.gradient_checkpointing else nullcontext():
             while True:
                 try:
-                    return accumulate(base, rows, progress.micro_batch_tokens, settings.label_smoothing)
+                    found = accumulate(base, rows, progress.micro_batch_tokens, settings.label_smoothing, ranks)
+                    break
                 except (torch.OutOfMemoryError, RuntimeError) as error:
                     if not out_of_memory(error):
                         raise
@@ -152,6 +181,9 @@ def _gradients(
                     torch.cuda.empty_cache()
     finally:
         base.embedding_noise = 0.0
+    ranks.add_gradients(parameters(base, name))
+    loss, tokens = ranks.add(*found)
+    return loss, tokens
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -171,16 +203,26 @@ def _advice(name: str, rows: list[Encoded], budget: int, settings: TrainingSetti
     )
 
 
-def accumulate(base: BaseModel, rows: list[Encoded], budget: int, label_smoothing: float = 0.0) -> tuple[float, int]:
-    """Gradients of the mean loss over all targets of the batch, one micro-batch after another."""
+def accumulate(
+    base: BaseModel, rows: list[Encoded], budget: int, label_smoothing: float = 0.0, ranks: Ranks = ALONE
+) -> tuple[float, int]:
+    """Gradients of the mean loss over all targets of the batch, one micro-batch of this rank's rows after another.
+
+    Returns this rank's part of the mean loss, and its tokens.
+    """
     count = sum(len(row.labels) for row in rows)
     total, tokens = 0.0, 0
-    for group in micro_batches(rows, budget, padded=not base.packs):
+    groups = [micro_batches(part, budget, padded=not base.packs) for part in ranks.split(rows)]
+    most = max(groups, key=len)
+    own = [(group, 1.0) for group in groups[ranks.rank]]
+    if base.sharded:  # every rank has to run the blocks as often as the others: for nothing, where it has no more rows
+        own += [(most[0], 0.0)] * (len(most) - len(own))
+    for group, counts in own:
         batch = collate(group, base.decoder_start if base.encoder_decoder else None).to(base.device)
-        loss = loss_sum(base, batch, label_smoothing)
-        (loss / count).backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-        tokens += batch.tokens
+        loss = inside(base, lambda batch=batch: loss_sum(base, batch, label_smoothing))  # type: ignore[misc]
+        (loss * counts / count).backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach()) * counts
+        tokens += batch.tokens if counts else 0
     return total / count, tokens
 
 
@@ -192,13 +234,12 @@ def _validate(
     watch: str,
     best: Path,
     tell: Callable[[dict[str, Any]], None],
+    ranks: Ranks,
 ) -> None:
     found = validate()
     progress.without_gain += 1
     if progress.best is None or found.of(watch) > progress.best:
         progress.best, progress.best_step, progress.without_gain = found.of(watch), progress.step, 0
-        tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in parameters(base, name).items()}
-        with whole_file(best) as partial:
-            save_file(tensors, partial)
+        write_tensors(best, parameters(base, name), writes=ranks.rank == 0)
     scores = {f"validation_{metric}": value for metric, value in found.scores.items()}
     tell({"step": progress.step, "validation_loss": found.loss, "validation_accuracy": found.accuracy, **scores})

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from luthier.errors import UserError
+from luthier.models.shard import divided_like, local, locals_of
+from luthier.training.ranks import ALONE, Ranks
 
 # Numbers updated at a time: fp32 gradients of 16-bit weights exist for one bucket only.
 BUCKET = 16_000_000
@@ -81,11 +83,13 @@ class Optimizer:
         weight_decay: float,
         kind: Kind = "adamw",
         factors: Mapping[str, float] | None = None,
+        ranks: Ranks = ALONE,
     ):
-        self.parameters = dict(parameters)
+        self.parameters, self._ranks = dict(parameters), ranks
+        # Of what is divided over ranks, each steps its part.
+        self._own = locals_of(self.parameters)
         self.masters = {
-            key: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
-            for key, parameter in self.parameters.items()
+            key: own if own.dtype == torch.float32 else own.detach().float() for key, own in self._own.items()
         }
         self._decay, self._factors = weight_decay, factors or {}
         self.buckets = [(keys, OPTIMIZERS[kind](self._groups(keys))) for keys in self._bucket_keys()]
@@ -93,30 +97,41 @@ class Optimizer:
 
     def step(self, rate: float, clip: float) -> float:
         """Clip by the global norm, update, clear the gradients; return the norm before clipping."""
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-        norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+        norm = self._norm()
         scale = min(1.0, clip / (norm + 1e-6))
         for keys, made in self.buckets:
             self._step_bucket(keys, made, rate, scale)
         return norm
+
+    def _norm(self) -> float:
+        """The norm of all gradients together, those of the other ranks' parts too."""
+        whole: list[Tensor] = []
+        divided: list[Tensor] = []
+        for key, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
+                (whole if self._own[key] is parameter else divided).append(norm)
+        if divided:
+            square = float(torch.stack(divided).square().sum())
+            whole.append(torch.tensor(self._ranks.add(square)[0], device=divided[0].device).sqrt().float())
+        return float(torch.linalg.vector_norm(torch.stack(whole)))
 
     @torch.no_grad()
     def _step_bucket(self, keys: list[str], made: torch.optim.Optimizer, rate: float, scale: float) -> None:
         for key in keys:
             parameter, master = self.parameters[key], self.masters[key]
             if parameter.grad is not None:
-                gradient = parameter.grad.float()
+                gradient = local(parameter.grad).float()
                 parameter.grad = None
                 master.grad = gradient.mul_(scale) if scale != 1.0 else gradient
         for group in made.param_groups:
             group["lr"] = rate * group["factor"]
         made.step()
         for key in keys:
-            parameter, master = self.parameters[key], self.masters[key]
+            master = self.masters[key]
             master.grad = None
-            if master is not parameter:
-                parameter.copy_(master)
+            if master is not self._own[key]:
+                self._own[key].copy_(master)
 
     def _groups(self, keys: list[str]) -> Groups:
         """Parameters that are stepped alike, together: one call for all of them."""
@@ -136,9 +151,9 @@ class Optimizer:
 
     def _bucket_keys(self) -> list[list[str]]:
         buckets: list[list[str]] = []
-        held = BUCKET
+        held = 0
         for key, master in self.masters.items():
-            if held + master.numel() > BUCKET:
+            if not buckets or held + master.numel() > BUCKET:
                 buckets.append([])
                 held = 0
             buckets[-1].append(key)
@@ -149,11 +164,12 @@ class Optimizer:
         """Every tensor that decides the next step, by a stable key: the part, a slash, the parameter's key."""
         tensors: dict[str, Tensor] = {}
         for key, master in self.masters.items():
-            if master is not self.parameters[key]:
-                tensors[f"master/{key}"] = master
+            like = self.parameters[key]
+            if master is not self._own[key]:
+                tensors[f"master/{key}"] = divided_like(master, like)
             for part, value in self._of[key].state.get(master, {}).items():
                 if value is not None:
-                    tensors[f"{part}/{key}"] = torch.as_tensor(value)
+                    tensors[f"{part}/{key}"] = divided_like(torch.as_tensor(value), like)
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:

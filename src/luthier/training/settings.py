@@ -19,6 +19,7 @@ class TrainingSettings:
     of the metrics, for which answers are generated); the best weights are kept. `gradient_checkpointing` computes each
     block again instead of keeping its inside; `halve_out_of_memory` halves `micro_batch_tokens` where a step does not fit. `frozen_cache` keeps on disk what the blocks below a
     tuning (or an untouched encoder) make of the training rows, and trains from there.
+    `shard` divides weights, gradients and optimizer over the processes that were started, instead of the rows alone.
     `snapshots` keeps the weights at that many even places before the end and scores each: the forgetting at one score.
     A checkpoint is written every `checkpoint_every` steps and when a signal asks to stop. `trackers` are
     accelerate's (wandb, mlflow ...), beside the logs that are always written.
@@ -47,6 +48,7 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     halve_out_of_memory: bool = False
     frozen_cache: bool = False
+    shard: bool = False
     snapshots: int = 0
     checkpoint_every: int = 200
     trackers: list[str] = field(default_factory=list)
@@ -74,6 +76,13 @@ class TrainingSettings:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
         if self.neftune < 0:
             raise ValueError(f"neftune is {self.neftune}; it must be at least 0")
+        for key in ("frozen_cache", "halve_out_of_memory"):
+            if self.shard and getattr(self, key):
+                raise ValueError(f"{key} runs on whole weights, each process for itself, so it does not go with shard")
+        if self.shard and self.optimizer != "adamw":
+            raise ValueError(f"{self.optimizer} needs whole matrices; with shard use adamw")
+        if self.shard and self.snapshots:
+            raise ValueError("snapshots are scored on whole weights, which shard divides: choose one")
         if self.neftune and self.frozen_cache:
             raise ValueError("neftune puts new noise on every row, so frozen_cache has nothing to keep: choose one")
 

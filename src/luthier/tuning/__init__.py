@@ -8,12 +8,13 @@ from luthier.tuning.lora import LoRA
 from luthier.tuning.method import Method, Prompting, attach, detach, parameters
 from luthier.tuning.prefix_tuning import PrefixTuning
 from luthier.tuning.prompt_tuning import PromptTuning
-from luthier.tuning.prompting import FewShot, ZeroShot
+from luthier.tuning.prompting import BestTemplate, FewShot, ZeroShot
 from luthier.tuning.selective import Selective
 
 METHODS: dict[str, type[Method] | type[Prompting] | type[Interpolation]] = {
     "zero_shot": ZeroShot,
     "few_shot": FewShot,
+    "best_template": BestTemplate,
     "full": Full,
     "selective": Selective,
     "lora": LoRA,
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method] | type[Prompting] | type[Interpolation]] = {
 __all__ = [
     "IA3",
     "METHODS",
+    "BestTemplate",
     "Bottleneck",
     "FewShot",
     "Full",

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 
 from luthier.errors import UserError
 from luthier.models.base import BaseModel
+from luthier.models.shard import whole
 from luthier.tuning import METHODS
 from luthier.tuning.method import Method, attach, detach, parameters
 from luthier.tuning.peft import check_types, task_type
@@ -44,7 +45,7 @@ _CARD = TypeAdapter(_Card)
 def pack(base: BaseModel, name: str) -> dict[str, bytes]:
     """The files of an attached tuning, by name, as bytes."""
     method: Method = base.methods[name]
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in method.to_file(base, name).items()}
+    tensors = {key: whole(tensor.detach()).cpu().contiguous() for key, tensor in method.to_file(base, name).items()}
     card = {
         "luthier": 1,
         "settings": asdict(method.saved()),  # type: ignore[call-overload]
