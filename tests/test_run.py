@@ -101,6 +101,7 @@ def test_a_run_writes_the_comparison_and_its_tunings_can_be_used(
             assert {"signature", "precision", "recall"} <= set(score)
         assert tuning["scores"]["kept"]["accuracy"]["signature"].startswith("metric:accuracy")
         assert tuning["validation_loss"] > 0
+        assert tuning["planned"]["weights"] > 0, "every method can be planned"
         lines = (out / "predictions" / f"{name}.jsonl").read_text().splitlines()
         assert len(lines) == 6
         if trained:

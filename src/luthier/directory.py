@@ -194,6 +194,15 @@ class RunDirectory:
         found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
         return found
 
+    def save_plan(self, plan: Mapping[str, Any]) -> None:
+        """Write what each tuning was expected to cost."""
+        write_json(self.path / "plan.json", plan)
+
+    def plan(self, name: str) -> dict[str, Any] | None:
+        """What a tuning was expected to cost; None where that is not known."""
+        file = self.path / "plan.json"
+        return json.loads(file.read_text(encoding="utf-8")).get(name) if file.is_file() else None
+
     def environment(self) -> dict[str, Any]:
         """What the run was started on."""
         found: dict[str, Any] = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from luthier.metrics import METRICS, metric
 from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
 from luthier.models.shard import check_shard
+from luthier.plan import TuningPlan, plan
 from luthier.prompt_search import candidates
 from luthier.recipe import BASELINE, Recipe
 from luthier.report.build import build_report
@@ -208,6 +210,8 @@ def _forward_signals(child: "subprocess.Popen[bytes]", stopped: list[int]) -> di
 
 def _report(directory: RunDirectory, recipe: Recipe) -> Report:
     results = {name: directory.result(name) or {} for name in recipe.tunings}
+    planned = _plans(recipe)
+    directory.save_plan({name: asdict(one) for name, one in planned.items()})
     report = build_report(
         recipe,
         directory.environment(),
@@ -216,10 +220,19 @@ def _report(directory: RunDirectory, recipe: Recipe) -> Report:
         results,
         {name: directory.answers(name) for name in (BASELINE, *recipe.tunings)},
         {task.name: _human(recipe, task) for task in recipe.tasks},
+        {name: one.before_answering() for name, one in planned.items()},
     )
     write_report(directory.path, report)
     directory.forget_checkpoints()
     return report
+
+
+def _plans(recipe: Recipe) -> dict[str, TuningPlan]:
+    """What each tuning was expected to hold, to stand beside what it held; made last, so that it delays nothing."""
+    try:
+        return plan(recipe, available=sys.maxsize)
+    except Exception:  # a base whose code does not run without numbers is no reason to lose a run
+        return {}
 
 
 def _human(recipe: Recipe, task: Task) -> dict[str, Score]:

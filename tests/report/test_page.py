@@ -206,3 +206,12 @@ def test_words_that_differ_are_marked(answer: str, references: list[str], writte
 def test_ten_thousand_words_are_marked() -> None:
     words = " ".join(f"w{n % 999}" for n in range(10_000))
     assert marked(words, [words]) == words
+
+
+def test_the_memory_chart_says_what_was_planned_and_measured() -> None:
+    planned = {"weights": 500_000_000, "gradients": 0, "activations": 250_000_000}
+    report = rich()
+    one = report.tunings["r8"].model_copy(update={"planned": planned})
+    drawn = page(report.model_copy(update={"tunings": {**report.tunings, "r8": one}}))
+    assert "r8 weights 500.0 MB, activations 250.0 MB; measured 1.0 GB" in drawn
+    assert "Memory by part" not in page(report)

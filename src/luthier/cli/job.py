@@ -31,6 +31,29 @@ def run(
 
 
 @app.command()
+def plan(
+    recipe: RecipeFile,
+    set_: Changes = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0, help="Memory in GB to fit into; default: what is free.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """What will it cost? Memory by part, time and disk of each tuning, before anything is loaded."""
+    from dataclasses import asdict
+
+    from luthier.cli.planned import print_plan
+    from luthier.plan import plan as make_plan
+
+    found = make_plan(read_recipe(recipe, set_), None if memory is None else int(memory * 1e9))
+    if as_json:
+        print(json.dumps({name: asdict(one) for name, one in found.items()}, indent=2))
+        return
+    for name, one in found.items():
+        print_plan(name, one, console)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Finished run directories.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html, .md, .csv and .json.")] = Path("runs/compare"),

@@ -10,7 +10,7 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 # Larger blocks go back at once: there are few, and between smaller ones they tear holes that nothing fits.
-_LARGEST_KEPT = 32 << 20
+LARGEST_KEPT = 32 << 20
 
 
 def give_back_freed_memory() -> None:
@@ -32,5 +32,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    wanted = ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, _LARGEST_KEPT), (_M_TRIM_THRESHOLD, (1 << 31) - 1))
+    wanted = ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, LARGEST_KEPT), (_M_TRIM_THRESHOLD, (1 << 31) - 1))
     return all(bool(mallopt(option, value)) for option, value in wanted)

@@ -5,6 +5,7 @@ leak in and no padded token is ever computed. The same function serves decoding,
 has its keys and values in a `RowCache`.
 """
 
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,9 @@ NAME = "luthier_packed"
 
 # Above this many tokens the (L, L) score matrix costs more than the fused kernel's slower backward.
 _LONGEST_EXPLICIT = 1024
+
+# The device that a skeleton's tensors, which are on none, stand for.
+stands_for: ContextVar[str] = ContextVar("stands_for", default="cpu")
 
 
 class RowCache:
@@ -131,16 +135,27 @@ def packed_attention(
         before = k.shape[2] - length
         window = sliding_window if sliding_window is not None and sliding_window < before + length else None
         plain = not branches and window is None and not before
-        explicit = q.device.type == "cpu" and q.dtype == torch.bfloat16 and length <= _LONGEST_EXPLICIT
+        where = stands_for.get() if q.is_meta else q.device.type
+        explicit = where == "cpu" and q.dtype == torch.bfloat16 and length <= _LONGEST_EXPLICIT
         if plain and not explicit and softcap is None:
-            pieces.append(
-                F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=True)
-            )
+            pieces.append(_fused(q, k, v, scale, dropout))
         else:
             mask = _mask(packing, length, branches, window, q, before)
             pieces.append(_attend(q, k, v, mask, scale, softcap, dropout))
         start += length
     return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
+    if query.is_meta:  # PyTorch would take its plain attention there, which keeps every score
+        aten = torch.ops.aten
+        cpu = stands_for.get() == "cpu"
+        kernel = aten._scaled_dot_product_flash_attention_for_cpu if cpu else aten._scaled_dot_product_flash_attention
+        out: Tensor = kernel(query, key, value, is_causal=True, scale=scale)[0]
+        return out
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=True
+    )
 
 
 def _attend(

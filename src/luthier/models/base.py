@@ -90,10 +90,10 @@ class BaseModel:
         return base
 
     @classmethod
-    def skeleton(cls, spec: BaseSpec) -> "BaseModel":
+    def skeleton(cls, spec: BaseSpec, dtype: torch.dtype | None = None) -> "BaseModel":
         """A base without weights, on which tunings can be tried on; raises UserError as `load` does."""
         resolve_device(spec.device)
-        return cls(*read_skeleton(spec), spec)
+        return cls(*read_skeleton(spec, dtype), spec)
 
     @property
     def device(self) -> torch.device:

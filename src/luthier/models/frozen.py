@@ -49,7 +49,7 @@ def frozen_states(base: BaseModel, packed: Packed, blocks: int) -> Tensor:
         if base.encoder_decoder:
             encoded, mask = base.encode(packed, ())
             return encoded[mask.bool()]
-        with _only(base, 0, blocks, norm=False):
+        with only_blocks(base, 0, blocks, norm=False):
             return _run(base, base.embedding(packed.ids), packed)
 
 
@@ -59,7 +59,7 @@ def target_states(base: BaseModel, batch: Batch) -> Tensor:
     states = batch.states.to(base.dtype)
     if base.encoder_decoder:
         return base.decode_targets(batch, *pad(states, batch.source.lengths))
-    with _only(base, batch.frozen, base.blocks, norm=True):
+    with only_blocks(base, batch.frozen, base.blocks, norm=True):
         return _run(base, states, batch.source)[batch.targets]
 
 
@@ -69,7 +69,7 @@ def _run(base: BaseModel, states: Tensor, packed: Packed) -> Tensor:
 
 
 @contextmanager
-def _only(base: BaseModel, start: int, stop: int, norm: bool) -> Iterator[None]:
+def only_blocks(base: BaseModel, start: int, stop: int, norm: bool) -> Iterator[None]:
     """Within it the decoder is its blocks `start` to `stop`, with its last norm or without."""
     decoder = base.model.get_decoder()
     layers, last = decoder.layers, decoder.norm

@@ -62,7 +62,7 @@ def _decode_packed(
     base: BaseModel, prompts: list[list[int]], new_tokens: int, stop: set[int], decoding: Decoding, numbers: list[int]
 ) -> Iterator[tuple[int, list[int]]]:
     """One token a row and step."""
-    states, cache = _prefill(base, prompts, new_tokens)
+    states, cache = prefill(base, prompts, new_tokens)
     choose = Chooser(decoding, numbers)
     alive = list(range(len(prompts)))
     written: list[list[int]] = [[] for _ in prompts]
@@ -82,7 +82,7 @@ def _decode_packed(
             rows = torch.tensor(keep, device=base.device)
             cache.keep(rows)
             tokens, alive = tokens[rows], [alive[place] for place in keep]
-        states = _step(base, cache, tokens)
+        states = decode_step(base, cache, tokens)
     for row in alive:
         yield row, written[row]
 
@@ -91,7 +91,7 @@ def _decode_beams(
     base: BaseModel, prompts: list[list[int]], new_tokens: int, stop: set[int], decoding: Decoding, numbers: list[int]
 ) -> Iterator[tuple[int, list[int]]]:
     """One token a partial answer and step; the partial answers of a row stand together in the batch."""
-    states, cache = _prefill(base, prompts, new_tokens)
+    states, cache = prefill(base, prompts, new_tokens)
     searches = {row: Beams(decoding, stop, new_tokens) for row in range(len(prompts))}
     while searches:
         logits, start = base.logits(states), 0
@@ -109,10 +109,10 @@ def _decode_beams(
             start += width
         if searches:
             cache.keep(torch.tensor(kept, device=base.device))
-            states = _step(base, cache, torch.tensor(tokens, device=base.device))
+            states = decode_step(base, cache, torch.tensor(tokens, device=base.device))
 
 
-def _prefill(base: BaseModel, prompts: list[list[int]], new_tokens: int) -> tuple[Tensor, RowCache]:
+def prefill(base: BaseModel, prompts: list[list[int]], new_tokens: int) -> tuple[Tensor, RowCache]:
     """Run all prompts as one packed row: the last state of each (rows, D), and what they leave to attend to.
 
     What all of them begin with (shots, a system prompt) runs once, and stands before each as a prefix does.
@@ -160,7 +160,7 @@ def _keys_values(base: BaseModel, ids: list[int]) -> Tensor:
     return torch.stack([torch.stack([cache.keys[layer][0], cache.values[layer][0]]) for layer in sorted(cache.keys)])
 
 
-def _step(base: BaseModel, cache: RowCache, tokens: Tensor) -> Tensor:
+def decode_step(base: BaseModel, cache: RowCache, tokens: Tensor) -> Tensor:
     """Run one new token a row; (rows, D)."""
     assert cache.filled is not None
     packing = Packing((), cache=cache)

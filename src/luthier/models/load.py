@@ -92,13 +92,26 @@ def read_tokenizer(spec: BaseSpec) -> tuple[Any, Any]:
         return AutoTokenizer.from_pretrained(place.source, **place.options), config
 
 
-def read_skeleton(spec: BaseSpec) -> tuple[Any, Any]:
-    """Read (model, tokenizer) with the model's shape but no weights: for checks that must come before the work."""
+def read_skeleton(spec: BaseSpec, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """Read (model, tokenizer) with the model's shape (in `dtype`) but no weights: for what must be known before the work."""
     place = _locate(spec)
     tokenizer, config = read_tokenizer(spec)
     architectures = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with explained(place), torch.device("meta"):
-        return architectures.from_config(config, trust_remote_code=spec.trust_remote_code), tokenizer
+        model = architectures.from_config(
+            config, trust_remote_code=spec.trust_remote_code, dtype=dtype or torch.float32
+        )
+    return model, tokenizer
+
+
+def stored_dtype(spec: BaseSpec) -> torch.dtype:
+    """The precision in which the weights are read, before they are in that of the base; reads the configuration alone."""
+    place = _locate(spec)
+    if place.gguf:
+        return torch.float32
+    with explained(place):
+        found = getattr(AutoConfig.from_pretrained(place.source, **place.options), "dtype", None)
+    return DTYPES.get(str(found).removeprefix("torch."), torch.float32)
 
 
 def read_model(spec: BaseSpec, dtype: torch.dtype) -> tuple[Any, Any]:

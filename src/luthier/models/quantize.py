@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import UserError
+from luthier.models.allocator import give_back_freed_memory
 
 Quantization = Literal["nf4"]
 BLOCK = 64
@@ -46,12 +47,16 @@ class QuantizedLinear(nn.Linear):
         self.register_buffer("packed", None)
         self.state: Any = None  # bitsandbytes' QuantState: absmax, code, shape, precision
         if not weight.is_meta:
-            # One block a row: bitsandbytes' CPU kernel misreads rows of, say, 48 numbers, which no block divides.
-            flat = weight.detach().to(device).flatten()
-            blocks = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
-            self.packed, self.state = _functional().quantize_4bit(
-                blocks, blocksize=BLOCK, compress_statistics=double, quant_type="nf4"
-            )
+            self.pack(weight.detach().to(device), double)
+
+    def pack(self, weight: Tensor, double: bool) -> None:
+        """Take the numbers of a weight (out, in) into 4 bits."""
+        # One block a row: bitsandbytes' CPU kernel misreads rows of, say, 48 numbers, which no block divides.
+        flat = weight.flatten()
+        blocks = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+        self.packed, self.state = _functional().quantize_4bit(
+            blocks, blocksize=BLOCK, compress_statistics=double, quant_type="nf4"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) to (..., out)."""
@@ -128,6 +133,11 @@ def quantize_linears(model: Any, device: torch.device, double: bool) -> None:
         turned = isinstance(module, Conv1D)
         packed = QuantizedLinear(module.weight.T if turned else module.weight, module.bias, device, double, turned)
         setattr(owner, key, packed)
+        if packed.packed is not None:
+            give_back_freed_memory()  # one weight's packing leaves holes that the next one's does not fit
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            parameter.data = parameter.data.clone()  # as long as one is mapped from the file, all of it stays in memory
 
 
 def _functional() -> Any:

@@ -38,10 +38,11 @@ def build_report(
     results: dict[str, dict[str, Any]],
     answers: Mapping[str, Answers],
     human: Mapping[str, Mapping[str, Measured]],
+    planned: Mapping[str, dict[str, int]] | None = None,
 ) -> Report:
     """Compare the tunings of a run; `results` and `answers` are by tuning, as the stages wrote them.
 
-    `answers` holds the baseline's too. `human` holds the references' own scores by task and metric, for tasks with several.
+    `planned` holds the bytes by part that each was expected to hold. `answers` holds the baseline's too. `human` holds the references' own scores by task and metric, for tasks with several.
     """
     task = recipe.task
     metric = task.judged_by[-1] if isinstance(task, Task) else MEAN
@@ -50,6 +51,8 @@ def build_report(
         name: _tuning(recipe, name, result, _own(recipe, answers.get(name, {})), baseline, base["parameters"])
         for name, result in results.items()
     }
+    for name, parts in (planned or {}).items():
+        tunings[name] = tunings[name].model_copy(update={"planned": parts})
     comparisons = _comparisons(results, task.name, metric)
     retention = [
         _retention(name, kept.name, baseline, result)

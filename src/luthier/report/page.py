@@ -19,6 +19,7 @@ from luthier.report.cost_tables import (
     templates_table,
 )
 from luthier.report.figures import base_name, figure, unscaled
+from luthier.report.memory_chart import memory_chart
 from luthier.report.parts import parts
 from luthier.report.scatter import Point, scatter
 from luthier.report.schema import Report, TuningReport
@@ -123,7 +124,8 @@ def _costs(report: Report) -> Charts:
     sizes = {run.name: run.base["parameters"] for run in report.runs}
     if len(set(sizes.values())) > 1:
         kinds.insert(0, ("Model size", "parameters of the base", lambda one: sizes[one.run or ""], _few))
-    return [(title, _scatter(report, title, unit, cost, written)) for title, unit, cost, written in kinds]
+    scattered = [(title, _scatter(report, title, unit, cost, written)) for title, unit, cost, written in kinds]
+    return [*scattered, ("Memory by part, as planned; the line is the measured peak", memory_chart(report))]
 
 
 def _scatter(

@@ -93,6 +93,11 @@ class TuningReport(_Part):
     learning_rate: float | None
     peak_memory_bytes: int | None = Field(description="Of its own process; null where it had none of its own.")
     memory_after_import_bytes: int | None
+    planned: dict[str, int] = Field(
+        default={},
+        description="Planned bytes by part at the peak of training and validation, to be held against the peak memory without "
+        "that after import; empty where there is no plan.",
+    )
     validation_loss: float | None = Field(description="Nats per target token, of the weights kept.")
     validation_accuracy: float | None = Field(
         description="On validation, 0-1: of the answers where the task has choices, else of the next token."

@@ -54,6 +54,24 @@ OPTIMIZERS: dict[Kind, Callable[[Groups], torch.optim.Optimizer]] = {
 }
 
 
+def master_bytes(parameter: Tensor) -> int:
+    """Bytes of the fp32 copy that is stepped in the place of a parameter of another precision."""
+    return 0 if parameter.dtype == torch.float32 else 4 * parameter.numel()
+
+
+def state_bytes(parameter: Tensor, kind: Kind) -> list[int]:
+    """Bytes of each tensor that an optimizer of this kind keeps for a parameter: moments, the count of steps."""
+    count = parameter.numel()
+    if kind == "adamw":
+        return [4, 4 * count, 4 * count]
+    if kind == "adafactor":  # of a matrix, its rows' and columns' means
+        shape = parameter.shape
+        return [4, 4 * (count // shape[-1]), 4 * (count // shape[-2])] if parameter.ndim > 1 else [4, 4 * count]
+    # blocks of 256 with a scale each; small tensors stay in fp32
+    blocks = 4 * -(-count // 256)
+    return [4, count, count, blocks, blocks] if count >= 4096 else [4, 4 * count, 4 * count]
+
+
 class Optimizer:
     """Steps the parameters of one tuning and can write down and restore all it knows.
 

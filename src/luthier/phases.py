@@ -1,0 +1,219 @@
+"""The phases of a stage, run dry: which bytes are alive when each holds the most, by part.
+
+Loading reads the weights, training runs the largest micro-batch forward and backward, validation scores the largest group of
+validation rows, answering fills the cache of the longest prompts. All run the code that a stage runs, under a `Ledger`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from luthier.encoding.batches import collate
+from luthier.encoding.encoder import Encoded
+from luthier.models.attention import stands_for
+from luthier.models.base import BaseModel
+from luthier.models.batch import Packed
+from luthier.models.frozen import SLICED, only_blocks
+from luthier.models.generate import decode_step, prefill
+from luthier.models.heap import Heap
+from luthier.models.ledger import Ledger
+from luthier.models.loss import label_scores, loss_sum
+from luthier.models.quantize import QuantizedLinear
+from luthier.models.recompute import recomputed
+from luthier.training.optimizer import master_bytes, state_bytes
+from luthier.training.settings import TrainingSettings
+from luthier.work import Work
+
+FEW = 2
+# On a CPU, what libraries hold from their first use on, their code, tables and buffers: after reading a base, after training
+# one of almost no weights (docs/planning.md).
+READING, PROCESS = 40_000_000, 80_000_000
+
+Owned = Mapping[str, Parameter]
+
+
+def new_ledger() -> Ledger:
+    """What counts the phases of one stage, with the heap that they share where tensors are the process's."""
+    return Ledger(Heap() if stands_for.get() == "cpu" else None)
+
+
+def loading(base: BaseModel, stored: torch.dtype) -> Counter[str]:
+    """Reading maps the file of the weights; what is in another precision, or packed into 4 bits, is copied from there."""
+    ledger = Ledger()
+    _hold_weights(base, {}, ledger)
+    packed = _packed(base)
+    mapped = sum(one.numel() for one in base.grafts.originals.values()) * stored.itemsize
+    copied = stored != base.dtype or packed
+    return Counter({"weights": ledger.live["weights"], "workspace": (mapped if copied else 0) + READING})
+
+
+def training(
+    base: BaseModel, owned: Owned, work: Work, settings: TrainingSettings, ledger: Ledger
+) -> tuple[Counter[str], int, list[Tensor]]:
+    """The step with the largest micro-batch, behind another one.
+
+    Also returns the operations of its products, and the optimizer's tensors: who drops them says how long they are there.
+    """
+    hooks = [
+        one.register_post_accumulate_grad_hook(lambda done: ledger.hold([done.grad], "gradients"))
+        for one in owned.values()
+    ]
+    with ledger:
+        _hold_weights(base, owned, ledger)
+        ledger.restart()
+        counts = (
+            count for one in owned.values() for count in (master_bytes(one), *state_bytes(one, settings.optimizer))
+        )
+        states = [_made(ledger, count) for count in counts if count]
+        _accumulate(base, [work.earlier], settings, ledger)
+        _forget(owned)
+        ledger.work = []
+        _accumulate(base, work.largest, settings, ledger)
+        _forget(owned)
+    for hook in hooks:
+        hook.remove()
+    return _seen(ledger), sum(products for products, _ in ledger.work), states
+
+
+def _made(ledger: Ledger, count: int) -> Tensor:
+    """An optimizer's tensor of so many bytes."""
+    ledger.part = "optimizer states"
+    return torch.empty(count, dtype=torch.uint8, device="meta")
+
+
+def _forget(owned: Owned) -> None:
+    for parameter in owned.values():
+        parameter.grad = None
+
+
+def _accumulate(
+    base: BaseModel, groups: Sequence[Sequence[Encoded]], settings: TrainingSettings, ledger: Ledger
+) -> None:
+    for group in groups:
+        with _parts(base, ledger), recomputed(base.model) if settings.gradient_checkpointing else nullcontext():
+            loss = loss_sum(base, _batch(base, group), settings.label_smoothing)
+            ledger.part = "activations"
+            loss.backward()  # type: ignore[no-untyped-call]
+            del loss
+
+
+def interpolating(base: BaseModel, owned: Owned, change: Callable[[], None], ledger: Ledger) -> Counter[str]:
+    """Taking a tuning's weights back towards the base's, which is what `change` does."""
+    with ledger:
+        _hold_weights(base, owned, ledger)
+        ledger.restart()
+        ledger.part = "workspace"
+        change()
+    return _seen(ledger)
+
+
+def validation(base: BaseModel, owned: Owned, group: Sequence[Encoded], ledger: Ledger) -> Counter[str]:
+    """One group of validation rows."""
+    with ledger:
+        _hold_weights(base, owned, ledger)
+        ledger.restart()
+        with _parts(base, ledger), _few(base):
+            label_scores(base, _batch(base, group))
+    return _seen(ledger)
+
+
+@torch.no_grad()
+def answering(
+    base: BaseModel, owned: Owned, prompts: Sequence[Sequence[int]], new_tokens: int, beams: int, ledger: Ledger
+) -> Counter[str]:
+    """The prompts of one batch, what they leave in the cache, and one step for every beam."""
+    rows = [list(prompt) for prompt in prompts]
+    with ledger:
+        _hold_weights(base, owned, ledger)
+        ledger.restart()
+        if base.packs:
+            with _parts(base, ledger), _few(base):
+                states, cache = prefill(base, rows, new_tokens)
+                ledger.hold([*cache.keys.values(), *cache.values.values()], "caches")
+                base.logits(states)
+            if beams > 1:
+                ledger.part = "caches"
+                longest = cache.longest
+                cache.keep(torch.zeros(len(rows) * beams, dtype=torch.long, device=base.device))
+                cache.longest = longest
+            with _parts(base, ledger), _few(base):
+                states = decode_step(base, cache, torch.zeros(len(rows) * beams, dtype=torch.long, device=base.device))
+                base.logits(states).float().log_softmax(-1)
+            found = _seen(ledger)
+            found["caches"] = found["caches"] * base.blocks // len(cache.keys)
+            return found
+        with _parts(base, ledger), _few(base):
+            _read_prompts(base, rows)
+    found = _seen(ledger)
+    found["caches"] = beams * _cache_bytes(base, rows, new_tokens)
+    found["logits"] = (
+        beams * len(rows) * base.config.get_text_config(decoder=True).vocab_size * (4 + base.dtype.itemsize)
+    )
+    return found
+
+
+def _seen(ledger: Ledger) -> Counter[str]:
+    """What was alive at the peak, and what the heap holds beyond it at its own."""
+    found = Counter(ledger.at_peak)
+    if ledger.heap:
+        found["workspace"] += ledger.held + ledger.heap.most - ledger.peak + PROCESS
+    return found
+
+
+def _few(base: BaseModel) -> AbstractContextManager[None]:
+    """Where nothing is kept for a backward pass one block needs what all need: two are run, for the sake of time."""
+    return only_blocks(base, 0, FEW, norm=True) if base.family in SLICED and base.blocks > FEW else nullcontext()
+
+
+def _read_prompts(base: BaseModel, rows: list[list[int]]) -> None:
+    """Run prompts as padded decoding does at its start, without the cache."""
+    if base.encoder_decoder:
+        flat = torch.tensor([token for row in rows for token in row], device=base.device)
+        base.encode(Packed(flat, tuple(map(len, rows))), ())
+    else:
+        label_scores(base, _batch(base, [Encoded("", row, [0]) for row in rows]))
+
+
+def _cache_bytes(base: BaseModel, rows: list[list[int]], new_tokens: int) -> int:
+    """Keys and values that transformers' own decoding keeps: of an encoder-decoder, also of what the encoder read."""
+    config = base.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "d_kv", None) or config.hidden_size // config.num_attention_heads
+    places = max(map(len, rows)) + new_tokens
+    return int(2 * base.blocks * len(rows) * heads * width * places * base.dtype.itemsize)
+
+
+def _packed(base: BaseModel) -> dict[str, QuantizedLinear]:
+    return {path: one for path, one in base.grafts.modules.items() if isinstance(one, QuantizedLinear)}
+
+
+def _hold_weights(base: BaseModel, owned: Mapping[str, Tensor], ledger: Ledger) -> None:
+    packed = _packed(base)
+    stand_ins = {f"{path}.weight" for path in packed}
+    ledger.hold([tensor for key, tensor in base.grafts.originals.items() if key not in stand_ins], "weights")
+    for one in packed.values():
+        ledger.hold([one.packed, one.state.absmax], "weights")
+    ledger.hold([*base.model.buffers(), *owned.values()], "weights")
+
+
+def _batch(base: BaseModel, rows: Sequence[Encoded]) -> Any:
+    return collate(rows, base.decoder_start if base.encoder_decoder else None).to(base.device)
+
+
+class _parts:
+    """Within it tensors are activations until the head runs, and logits from there on."""
+
+    def __init__(self, base: BaseModel, ledger: Ledger):
+        self.head, self.ledger = base.model.get_output_embeddings(), ledger
+
+    def __enter__(self) -> None:
+        self.ledger.part = "activations"
+        self.handle = self.head.register_forward_pre_hook(lambda *_: setattr(self.ledger, "part", "logits"))
+
+    def __exit__(self, *_: Any) -> None:
+        self.handle.remove()
