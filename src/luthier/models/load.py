@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -66,6 +67,7 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _seconds(torch.bfloat16) < _seconds(torch.float32) else torch.float32
 
 
+@cache
 def _seconds(dtype: torch.dtype) -> float:
     a, b = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
     best = float("inf")
