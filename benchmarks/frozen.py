@@ -19,7 +19,7 @@ from luthier.encoding.order import Shuffled
 from luthier.encoding.stored import stored_rows
 from luthier.models.base import BaseModel
 from luthier.models.load import BaseSpec
-from luthier.recipe import make_recipe
+from luthier.recipe_file import make_recipe
 from luthier.training.frozen_rows import frozen_rows
 from luthier.training.loop import train
 from luthier.training.settings import TrainingSettings

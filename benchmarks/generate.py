@@ -32,7 +32,7 @@ def prompts_of(folder: Path | None, count: int) -> tuple[list[list[int]], list[i
     """Prompt ids, and the tokens that end an answer."""
     from luthier.data.source import Source
     from luthier.data.task import Task
-    from luthier.recipe import make_recipe
+    from luthier.recipe_file import make_recipe
 
     recipe = make_recipe({"task": "support-dialogues", "tunings": ["zero_shot"], "retention": []})
     task: Any = recipe.task

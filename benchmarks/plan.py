@@ -108,7 +108,7 @@ def make_rows(folder: Path, words: int) -> Path:
 
 def recipe_of(name: str, folder: Path) -> Any:
     """The recipe of one configuration; its base and rows are made."""
-    from luthier.recipe import make_recipe
+    from luthier.recipe_file import make_recipe
 
     base, of_base, of_recipe, of_training, tuning = CONFIGURATIONS[name]
     of_recipe = dict(of_recipe)

@@ -174,7 +174,7 @@ def many_tasks(folder: Path, count: int) -> dict:
 def one_start(file: Path) -> dict:
     from luthier.audit_rows import audit
     from luthier.models import base  # noqa: F401 (imports are not part of the start)
-    from luthier.recipe import make_recipe
+    from luthier.recipe_file import make_recipe
     from luthier.training_rows import training_rows
 
     marks = [time.perf_counter()]

@@ -41,7 +41,7 @@ def rows_of(folder: Path | None, count: int) -> tuple[list[Any], list[Any]]:
     """Encoded training rows and 20 validation rows, the same for every side."""
     from luthier.data.source import Source
     from luthier.data.task import Task
-    from luthier.recipe import make_recipe
+    from luthier.recipe_file import make_recipe
 
     if folder is None:
         recipe = make_recipe({"task": "support-dialogues", "tunings": ["zero_shot"], "retention": []})

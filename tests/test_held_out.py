@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from luthier.held_out import held_out
-from luthier.recipe import make_recipe
+from luthier.recipe_file import make_recipe
 from tests import tiny
 
 

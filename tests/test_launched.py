@@ -15,7 +15,7 @@ import yaml
 from luthier.errors import Interrupted, UserError
 from luthier.job import run
 from luthier.launched import Failure, Launched
-from luthier.recipe import make_recipe
+from luthier.recipe_file import make_recipe
 from tests import tiny
 
 

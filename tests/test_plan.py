@@ -16,7 +16,7 @@ from luthier.models.heap import Heap
 from luthier.models.ledger import Ledger
 from luthier.models.loss import loss_sum
 from luthier.plan import plan
-from luthier.recipe import make_recipe
+from luthier.recipe_file import make_recipe
 from luthier.training.optimizer import Kind, Optimizer, master_bytes, state_bytes
 from luthier.tuning import METHODS, Full, LoRA, Method, PrefixTuning, attach, parameters
 from tests import tiny

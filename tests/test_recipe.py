@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from luthier.errors import UserError
-from luthier.recipe import load_recipe, make_recipe, recipe_yaml
+from luthier.recipe_file import load_recipe, make_recipe, recipe_yaml
 from luthier.recipe_schema import recipe_schema
 from luthier.tuning import METHODS
 

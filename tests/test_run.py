@@ -22,7 +22,7 @@ from luthier.errors import UserError
 from luthier.job import run
 from luthier.metrics import METRICS, metric, reading
 from luthier.models.generate import batches_by_length
-from luthier.recipe import load_recipe, make_recipe
+from luthier.recipe_file import load_recipe, make_recipe
 from luthier.recipe_schema import recipe_schema
 from luthier.report.schema import report_schema
 from luthier.session import Session

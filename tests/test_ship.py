@@ -15,7 +15,7 @@ from luthier.errors import UserError
 from luthier.inspect_tuning import inspect
 from luthier.job import run
 from luthier.merge_tuning import merge
-from luthier.recipe import make_recipe
+from luthier.recipe_file import make_recipe
 from luthier.session import Session
 from tests import tiny
 

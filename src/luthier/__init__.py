@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from luthier.inspect_tuning import inspect
     from luthier.merge_tuning import merge
     from luthier.preview_rows import preview
-    from luthier.recipe import Recipe, load_recipe, make_recipe
+    from luthier.recipe import Recipe
+    from luthier.recipe_file import load_recipe, make_recipe
     from luthier.repeated import run
     from luthier.report.schema import Report
     from luthier.session import Session
@@ -36,8 +37,8 @@ _HOMES = {
     "Report": "luthier.report.schema",
     "Session": "luthier.session",
     "inspect": "luthier.inspect_tuning",
-    "load_recipe": "luthier.recipe",
-    "make_recipe": "luthier.recipe",
+    "load_recipe": "luthier.recipe_file",
+    "make_recipe": "luthier.recipe_file",
     "merge": "luthier.merge_tuning",
     "preview": "luthier.preview_rows",
     "run": "luthier.repeated",

@@ -16,7 +16,8 @@ import yaml
 from luthier.data.findings import Finding
 from luthier.errors import UserError, nearest
 from luthier.files import write_json, write_whole
-from luthier.recipe import Recipe, differing_key, file_part, make_recipe, recipe_yaml
+from luthier.recipe import Recipe, file_part
+from luthier.recipe_file import differing_key, make_recipe, recipe_yaml
 
 
 class Answers:

@@ -8,16 +8,13 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from luthier.data.shots import choose_shots, similar_shots, with_shots
-from luthier.data.task import Example, Examples, Task
 from luthier.directory import RunDirectory
 from luthier.errors import Interrupted, UserError
 from luthier.launched import WORD, Failure, Launched, launched
@@ -26,7 +23,7 @@ from luthier.models.load import resolve_device
 from luthier.models.memory import before_work, peak_bytes
 from luthier.models.shard import shard
 from luthier.progress import Progress
-from luthier.prompt_search import best_templates
+from luthier.prompted import prompting
 from luthier.recipe import BASELINE, Recipe
 from luthier.scoring import (
     Stage,
@@ -44,11 +41,10 @@ from luthier.training.loop import Hook, out_of_memory, train
 from luthier.training.ranks import ALONE, Ranks
 from luthier.training.settings import TrainingSettings
 from luthier.training_rows import training_rows
-from luthier.tuning import BestTemplate, FewShot, Interpolation, Method, Prompting, attach, parameters
+from luthier.tuning import Interpolation, Method, Prompting, attach, parameters
 from luthier.tuning.files import load_tuning, pack
 
 EXIT_INTERRUPTED, EXIT_PEER = 3, 4
-DRAWS_APART = 1_000_003  # between the seeds of few-shot draws, so that no run's next seed draws the same
 
 
 def run_stage(
@@ -87,7 +83,7 @@ def run_stage(
         else:
             method = recipe.method(name)
             if isinstance(method, Prompting):
-                result = _prompting(stage, name, method)
+                result = prompting(stage, name, method)
             elif isinstance(method, Interpolation):
                 result = _interpolation(stage, name, method)
             else:
@@ -102,68 +98,6 @@ def _settings(recipe: Recipe, name: str) -> TrainingSettings:
     if isinstance(method, Interpolation):
         return recipe.tunings[method.of].training
     return recipe.tunings[name].training if isinstance(method, Method) else recipe.training
-
-
-def _prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
-    """Score the base as it is; its retention is the baseline's, for nothing was changed."""
-    asked = method.shot_count()
-    tried: dict[str, Any] = {}
-    if isinstance(method, BestTemplate):
-        chosen, tried = best_templates(stage, method)
-        stage = replace(stage, tasks=chosen)
-    if asked:  # training's limit on rows is no limit on what the model can read
-        stage = replace(stage, encoder=stage.encoder.widened(stage.base.context))
-    similar = isinstance(method, FewShot) and method.selection == "similar"
-    full = isinstance(method, FewShot) and method.shots == "full"
-    seed = stage.recipe.seed + DRAWS_APART * (method.draw if isinstance(method, FewShot) else 0)
-    prepared = [(task, _shown(stage, task, examples, asked, similar, seed, full)) for task, examples in stage.tasks]
-    kept = [len(example.shots) for _, examples in prepared for example in examples.test]
-    if full:
-        asked = max(kept)
-    elif asked and min(kept) < asked:
-        stage.progress.say(
-            f"{sum(count < asked for count in kept)} of {len(kept)} prompts hold fewer than {asked} shots "
-            f"(least {min(kept)}): the limit is {stage.encoder.max_length} tokens"
-        )
-    stage = replace(stage, tasks=prepared)
-    validation = encode(stage, validation_examples(stage), 0, "validation")
-    kept_at = validate(stage, validation, 0) if validation else None
-    scores = score_tasks(stage, name, 0)
-    return {
-        "method": method.method,
-        "trainable_parameters": 0,
-        "file_bytes": 0,
-        "train_seconds": 0.0,
-        "steps": 0,
-        "peak_memory_bytes": peak_bytes(),
-        "validation_loss": kept_at.loss if kept_at else None,
-        "validation_accuracy": kept_at.accuracy if kept_at else None,
-        "shots": {"asked": asked, "least": min(kept), "mean": sum(kept) / len(kept)},
-        "scores": scores,
-        "inference": request_cost(stage, None, 0),
-        "templates": tried,
-        "history": [],
-        "cut": 0,
-    }
-
-
-def _shown(
-    stage: Stage, task: Task, examples: Examples, asked: int, similar: bool, seed: int, full: bool = False
-) -> Examples:
-    """Validation and test with `asked` training examples in each prompt, or as many as fit; `full`: or as there are."""
-    if full:
-        asked = min(asked, sum(bool(one.completion) for one in examples.train))
-    budget = stage.encoder.max_length - task.max_new_tokens
-    same = choose_shots(examples.train, asked, seed) if asked and not similar else []
-
-    def put(rows: Sequence[Example]) -> list[Example]:
-        shots = similar_shots(examples.train, rows, asked, seed) if similar else [same] * len(rows)
-        return [
-            with_shots(row, shown, budget, stage.encoder.count, first_last=similar)
-            for row, shown in zip(rows, shots, strict=True)
-        ]
-
-    return replace(examples, validation=put(examples.validation), test=put(examples.test))
 
 
 def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from luthier.data.task import SPLITS, Example, Examples
 from luthier.encoding.audit import audit_text, audit_tokens
 from luthier.encoding.encoder import Encoder
 from luthier.errors import UserError
-from luthier.recipe import make_recipe
+from luthier.recipe_file import make_recipe
 
 WORDS = [f"{a}{b}{n}" for a in ("ka", "lo", "mi", "tu") for b in ("ra", "se", "no") for n in range(30)]
 
@@ -201,7 +201,7 @@ def test_a_run_stops_on_errors_unless_they_are_allowed(tmp_path: Path) -> None:
 
 def test_a_leak_in_public_data_is_found_and_named_in_the_example(shared: Path) -> None:
     recipe = Path(__file__).parents[2] / "examples" / "dialogsum.yaml"
-    from luthier.recipe import load_recipe
+    from luthier.recipe_file import load_recipe
 
     task = load_recipe(recipe, [f"data={shared / 'data' / 'dialogsum'}"])
     found = audit_text(load_examples(task.task, Path(task.data), 0))

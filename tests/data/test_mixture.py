@@ -24,7 +24,7 @@ from luthier.data.mixture import (
 from luthier.data.stored import ExampleFile, StoredExamples, packed
 from luthier.data.task import Example, Examples, Task
 from luthier.errors import UserError
-from luthier.recipe import make_recipe
+from luthier.recipe_file import make_recipe
 
 
 def task(name: str) -> Task:

@@ -138,7 +138,7 @@ def test_shots_are_drawn_by_seed_and_fitted_to_the_budget() -> None:
 
 
 def test_every_task_of_the_library_loads_with_the_promised_rows() -> None:
-    from luthier.recipe import make_recipe
+    from luthier.recipe_file import make_recipe
 
     sizes = {}
     for name in task_files():

@@ -17,7 +17,7 @@ from luthier.encoding.batches import encode_all
 from luthier.encoding.encoder import Encoder
 from luthier.encoding.stored import stored_rows
 from luthier.errors import UserError
-from luthier.recipe import make_recipe
+from luthier.recipe_file import make_recipe
 from luthier.training_rows import training_rows
 
 

@@ -17,7 +17,7 @@ from luthier.data.task import Task
 from luthier.encoding.encoder import Encoded, Encoder
 from luthier.encoding.order import Mixed, Shuffled, Streamed
 from luthier.errors import UserError
-from luthier.recipe import make_recipe
+from luthier.recipe_file import make_recipe
 
 SIZES = [7, 0, 19, 11]
 

@@ -106,7 +106,7 @@ def test_the_schemas_are_json() -> None:
 def test_the_quickstart_is_ten_lines_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """The script as it stands, on fewer rows."""
     import luthier as package
-    from luthier.recipe import make_recipe
+    from luthier.recipe_file import make_recipe
 
     script = REPOSITORY / "examples" / "quickstart.py"
     code = [line for line in script.read_text().splitlines() if line.strip() and not line.startswith('"""')]

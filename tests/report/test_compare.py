@@ -17,7 +17,7 @@ from luthier.errors import UserError
 from luthier.evaluation.bootstrap import over_seeds
 from luthier.evaluation.kept import sampled
 from luthier.job import run
-from luthier.recipe import make_recipe
+from luthier.recipe_file import make_recipe
 from luthier.report.compare import compare_runs
 from luthier.report.runs import short_names
 from luthier.report.seeds import _stem

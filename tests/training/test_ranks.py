@@ -20,7 +20,8 @@ from tests.training.test_loop import rows_for
 from luthier.directory import RunDirectory
 from luthier.errors import UserError
 from luthier.launched import Launched
-from luthier.recipe import BASELINE, make_recipe
+from luthier.recipe import BASELINE
+from luthier.recipe_file import make_recipe
 from luthier.training.loop import check_ranks
 from luthier.training.ranks import Ranks
 from luthier.training.settings import TrainingSettings

@@ -33,7 +33,7 @@ Changes = Annotated[
 
 def read_recipe(path: Path, changes: list[str] | None) -> "Recipe":
     """The recipe in a file, changed as `--set` says."""
-    from luthier.recipe import load_recipe
+    from luthier.recipe_file import load_recipe
 
     # `data` on the command line is relative to where the command was given.
     placed = [
