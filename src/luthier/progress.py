@@ -33,6 +33,7 @@ class Progress:
         self.current: TaskID | None = None
         self.what = ""
         self.last_line = 0.0
+        self.said = ""  # the last line of this bar
         self.tokens = 0
         self.seconds = 0.0
 
@@ -59,6 +60,7 @@ class Progress:
         self.what = what
         self.current = self.bars.add_task(what, total=total, name=self.name, note="")
         self.last_line = time.monotonic() - QUIET + 2
+        self.said = ""
 
     def advance(self, done: int, of: int) -> None:
         """Move the bar."""
@@ -101,4 +103,8 @@ class Progress:
         now = time.monotonic()
         if not self.console.is_terminal and (now - self.last_line > QUIET or done == of):
             self.last_line = now
-            print(f"{self.name}: {self.what} {done}/{of} {note}", flush=True)
+            count = f"{done}/{of}"
+            line = f"{self.name}: {self.what} {count}" + (f" {note}" if note != count else "")
+            if line != self.said:
+                print(line, flush=True)
+            self.said = line
