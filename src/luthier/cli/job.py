@@ -27,7 +27,7 @@ def run(
     if (process := launched()) and process.rank:
         return
     print_report(report, console)
-    console.print(f"report: {target / 'report.html'}   (numbers: {target / 'report.json'})")
+    console.print(f"report: {target / 'report.html'}   (numbers: {target / 'report.json'})", soft_wrap=True)
 
 
 @app.command()
