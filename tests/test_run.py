@@ -615,6 +615,31 @@ def test_seeds_are_runs_of_their_own_put_together(
             make_recipe({**content, **changes})
 
 
+def test_hooks_of_ones_own_are_told_every_step(content: dict, tmp_path: Path) -> None:
+    told = tmp_path / "told.jsonl"
+    (tmp_path / "mine.py").write_text(
+        f"import json\ndef tell(event):\n    open({str(told)!r}, 'a').write(json.dumps(event) + '\\n')\nvalue = 3\n"
+    )
+    content |= {"retention": [], "tunings": {"lora": {"rank": 2}}}
+    content["training"]["hooks"] = ["mine.py:tell", "math:isfinite"]
+    with pytest.raises(TypeError):  # a hook that raises is not hidden
+        run(make_recipe(content), tmp_path / "raises", isolate=False)
+    told.unlink()
+    content["training"]["hooks"] = ["mine.py:tell"]
+    report = run(make_recipe(content), tmp_path / "run", isolate=False)
+    assert [json.loads(line) for line in told.read_text().splitlines()] == report.tunings["lora"].history
+    for hook, message in (
+        ("mine.py", "is not of the form"),
+        ("none.py:tell", "none.py does not exist"),
+        ("mine.py:other", "could not be imported: AttributeError"),
+        ("mine.py:value", "is a int, which cannot be called"),
+    ):
+        content["training"]["hooks"] = [hook]
+        with pytest.raises(UserError, match=message):
+            run(make_recipe(content), tmp_path / "other", isolate=False)
+        assert not (tmp_path / "other").exists()
+
+
 def test_full_shows_as_many_examples_as_fit(content: dict, tmp_path: Path) -> None:
     content |= {"retention": [], "tunings": {"zero_shot": {}, "few_shot": {"shots": [1, "full"]}}}
     found = run(make_recipe(content), tmp_path / "run", isolate=False).tunings

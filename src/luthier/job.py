@@ -25,6 +25,7 @@ from luthier.report.build import build_report
 from luthier.report.files import write_report
 from luthier.report.schema import Report
 from luthier.training.loop import check_ranks
+from luthier.training.own_hooks import own_hooks
 from luthier.tuning import BestTemplate, FewShot, Interpolation, Method, attach, detach
 
 
@@ -50,6 +51,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: bool = False, isolate: bool 
     for tuning in recipe.tunings.values():
         if tuning.training.watch in METRICS:
             metric(tuning.training.watch).needs()
+        own_hooks(tuning.training.hooks, recipe.data_folder)
         if process and isinstance(tuning.method, Method):
             check_ranks(tuning.training, process.size)
     findings = audit(recipe, [examples for _, examples in loaded])

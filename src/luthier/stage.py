@@ -38,6 +38,7 @@ from luthier.snapshots import keep_snapshots, score_snapshots, snapshot_steps
 from luthier.training.frozen_rows import frozen_rows
 from luthier.training.log import log_hooks, tracker_hooks
 from luthier.training.loop import Hook, out_of_memory, train
+from luthier.training.own_hooks import own_hooks
 from luthier.training.ranks import ALONE, Ranks
 from luthier.training.settings import TrainingSettings
 from luthier.training_rows import training_rows
@@ -131,6 +132,7 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
                 hooks += stack.enter_context(log_hooks(directory.log(name), directory.path / "tensorboard" / name))
                 told = recipe.model_dump(mode="json")
                 hooks += stack.enter_context(tracker_hooks(settings.trackers, name, directory.path, told))
+                hooks += own_hooks(settings.hooks, recipe.data_folder)
                 hooks += [keep_snapshots(stage, name, snapshots)]
             done = train(
                 base,

@@ -21,7 +21,8 @@ class TrainingSettings:
     tuning (or an untouched encoder) make of the training rows, and trains from there.
     `shard` divides weights, gradients and optimizer over the processes that were started, instead of the rows alone.
     `snapshots` keeps the weights at that many even places before the end and scores each: the forgetting at one score.
-    A checkpoint is written every `checkpoint_every` steps and when a signal asks to stop. `trackers` are
+    A checkpoint is written every `checkpoint_every` steps and when a signal asks to stop. `hooks` are functions of
+    the user's own, told each step's and validation's numbers. `trackers` are
     accelerate's (wandb, mlflow ...), beside the logs that are always written.
     """
 
@@ -52,6 +53,7 @@ class TrainingSettings:
     snapshots: int = 0
     checkpoint_every: int = 200
     trackers: list[str] = field(default_factory=list)
+    hooks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "micro_batch_tokens", "checkpoint_every"):
