@@ -73,6 +73,8 @@ def run_stage(
         progress.say("loading the base")
         ranks.sharded = ranks.size > 1 and _settings(recipe, name).shard
         base = BaseModel.load(recipe.base, torch.device("cpu") if ranks.sharded else device)
+        if not base.packs:
+            progress.say(f"{base.family} has no packed path here: rows run padded, sorted by length")
         ranks.agree("base model", base.fingerprint())
         ranks.agree("version of torch and precision", [torch.__version__, str(base.dtype)])
         encoder = recipe.encoder(base.tokenizer, base.encoder_decoder, base.context)
