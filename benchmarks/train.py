@@ -21,6 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,8 @@ class Bench:
         found: Measured = json.loads(done.stdout.strip().splitlines()[-1])
         found["rate"] = self.tokens / found["seconds"]
         print(
-            f"{how:32} {found['rate']:6.0f} tokens/s {found['peak_bytes'] / 1e9:5.1f} GB {found['steps']:4d} steps  "
-            f"loss {found['loss']:.4f}",
+            f"{how:33}{found['rate']:6.0f} tok/s{found['peak_bytes'] / 1e9:6.1f} GB{found['steps']:4d} steps  "
+            f"loss {found['loss']:7.4f}",
             flush=True,
         )
         return found
@@ -139,7 +140,8 @@ def _run(told: dict[str, Any]) -> None:
 def _jobs() -> str:
     lines = ["jobs:"]
     for name, job in JOBS.items():
-        lines.append(f"  {name:20} against {', '.join(job.peers) or 'nobody'}{f': {job.note}' if job.note else ''}")
+        said = f"{name:20} against {', '.join(job.peers) or 'nobody'}{f': {job.note}' if job.note else ''}"
+        lines.append(textwrap.fill(said, 100, initial_indent="  ", subsequent_indent=" " * 23))
     return "\n".join(lines)
 
 
@@ -149,7 +151,9 @@ def main() -> None:
     )
     parser.add_argument("--job", choices=JOBS, default="lora")
     parser.add_argument("--data", type=Path, help="a folder with dialogsum.dev.jsonl; default: what ships with Luthier")
-    parser.add_argument("--model", type=Path, help="a folder with a model of Llama's architecture; default: SmolLM2-135M")
+    parser.add_argument(
+        "--model", type=Path, help="a folder with a model of Llama's architecture; default: SmolLM2-135M"
+    )
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", help="of the job's peers, these (comma-separated; empty: none)")
@@ -169,12 +173,13 @@ def main() -> None:
         parser.error(f"--peers: {', '.join(sorted(unknown))} is none of {', '.join(sorted(known))}")
     if given.dtype == "auto":
         import torch
+
         from luthier.models.load import resolve_dtype
 
         given.dtype = str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
     print(f"{given.job}, {given.dtype}, {given.rows} rows", flush=True)
     if JOBS[given.job].note:
-        print(f"({JOBS[given.job].note})", flush=True)
+        print(textwrap.fill(f"({JOBS[given.job].note}.)", 80), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(given, Path(folder))
         results = bench.profile() if given.profile else bench.compare()

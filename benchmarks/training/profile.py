@@ -1,6 +1,6 @@
 """Where a step's time goes: the matrix products' share of it, their FLOPs, and what this machine multiplies at.
 
-    fraction = FLOPs of the products / (seconds of the steps x rate of torch.mm on the same shapes)
+The achieved fraction is FLOPs of the products / (seconds of the steps x rate of torch.mm on the same shapes).
 """
 
 import math
@@ -59,8 +59,8 @@ class Products(TorchDispatchMode):
 
 
 def _typical(size: int) -> int:
-    """A number of tokens, which is another in every micro-batch, to the nearest 128; a model's widths stay."""
-    return size if size < 256 or size % 64 == 0 else 128 * round(size / 128)
+    """A number of tokens, which is another in every micro-batch, to the nearest 64; a model's widths and ranks stay."""
+    return size if size <= 32 or size % 64 == 0 else 64 * max(1, round(size / 64))
 
 
 def product_rate(shapes: Counter[Shape], dtype: torch.dtype) -> tuple[float, list[dict[str, Any]]]:

@@ -62,6 +62,8 @@ def ways(side: str, training: list[Row]) -> list[Way]:
 
 def luthier(work: Work, mode: Any = None) -> Measured:
     """Luthier's train call; `mode` is a context that the training runs in."""
+    from pydantic import TypeAdapter
+
     from luthier.encoding.encoder import Encoded
     from luthier.evaluation.score import loss_and_accuracy
     from luthier.models.base import BaseModel
@@ -69,14 +71,11 @@ def luthier(work: Work, mode: Any = None) -> Measured:
     from luthier.training.loop import train
     from luthier.training.settings import TrainingSettings
     from luthier.tuning import METHODS, attach
-    from pydantic import TypeAdapter
 
     training = InOrder([Encoded(str(n), row.prompt, row.target) for n, row in enumerate(work.training)])
     held = [Encoded(str(n), row.prompt, row.target) for n, row in enumerate(work.held)]
     base = BaseModel.load(
-        BaseSpec(
-            model=str(work.model), dtype=work.dtype, device="cpu", quantize="nf4" if work.job.quantize else None
-        )  # type: ignore[arg-type]
+        BaseSpec(model=str(work.model), dtype=work.dtype, device="cpu", quantize="nf4" if work.job.quantize else None)  # type: ignore[arg-type]
     )
     start = loss_and_accuracy(base, held)[0] if mode is None else math.nan
     method: Any = TypeAdapter(METHODS[work.job.ours["method"]]).validate_python(work.job.ours)
@@ -114,6 +113,7 @@ class InOrder:
 def profiled(work: Work) -> dict[str, Any]:
     """Luthier's training twice: alone for its time, and with every matrix product counted."""
     import torch
+
     from training.profile import Products, summary
 
     plain = luthier(work)
@@ -154,7 +154,9 @@ def seq2seq(work: Work) -> Measured:
 
     own = {"compute_loss_func": loss_of_step} if work.way.accumulated > 1 else {}
     settings = Seq2SeqTrainingArguments(**arguments(work), remove_unused_columns=False)
-    rows = [{"input_ids": r.prompt, "labels": r.target, "decoder_input_ids": [0, *r.target[:-1]]} for r in work.training]
+    rows = [
+        {"input_ids": r.prompt, "labels": r.target, "decoder_input_ids": [0, *r.target[:-1]]} for r in work.training
+    ]
     made = Seq2SeqTrainer(model=model, args=settings, train_dataset=rows, data_collator=padded, **own)
     return timed(made, model, work)
 

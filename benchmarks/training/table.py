@@ -37,16 +37,23 @@ def entry(
 
 def table(results: list[dict[str, Any]]) -> str:
     """The comparisons in at most 80 columns; a row with unequal loss is marked."""
-    lines = [f"{'peer':32}{'tok/s':>7}{'ours':>7}{'speed':>7}{'memory':>8}{'loss':>8}{'ours':>8}"]
+    lines = [f"{'peer':34}{'tok/s':>6}{'ours':>6}{'speed':>7}{'memory':>7}{'loss':>8}{'ours':>8}"]
     for one in results:
         if one["peer"] is None:
-            lines.append(f"{'(none)':32}{'':7}{one['ours']:7.0f}{'':23}{one['loss_ours']:8.3f}")
+            lines.append(f"{'(none)':40}{one['ours']:6.0f}{'':22}{one['loss_ours']:8.3f}")
             continue
         lines.append(
-            f"{one['peer']:31} {one['peer_value']:7.0f}{one['ours']:7.0f}{one['speed_ratio']:6.2f}x{one['memory_ratio']:8.2f}"
+            f"{one['peer']:34}{one['peer_value']:6.0f}{one['ours']:6.0f}{one['speed_ratio']:6.2f}x{one['memory_ratio']:7.2f}"
             f"{one['loss_peer']:8.3f}{one['loss_ours']:8.3f}{'' if one['loss_equal'] else ' !'}"
         )
-    lines.append("speed, memory: Luthier's over the peer's; loss: validation, nats a token")
+    lines.append("speed, memory: Luthier's over the peer's; loss: validation, nats per token")
+    if results[0]["loss_start"] is not None:
+        lines.append(f"Validation loss before training: {results[0]['loss_start']:.3f}")
+    for one in results:
+        if one["peer_steps"] != one["our_steps"] and one["peer"] is not None:
+            lines.append(
+                f"{one['peer']}: {one['peer_steps']:.0f} steps, not {one['our_steps']:.0f}; other rows in each"
+            )
     if any(one["speed_ratio_tcmalloc"] for one in results):
         ratios = ", ".join(f"{one['speed_ratio_tcmalloc']:.2f}x" for one in results if one["speed_ratio_tcmalloc"])
         lines.append(f"Luthier with tcmalloc too, in the same order: {ratios}")
