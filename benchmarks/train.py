@@ -99,7 +99,12 @@ class Bench:
 
     def peers(self) -> list[str]:
         """The peers of the job, or those asked for."""
-        asked = self.job.peers if self.given.peers is None else [one for one in self.given.peers.split(",") if one]
+        asked = (
+            list(self.job.peers) if self.given.peers is None else [one for one in self.given.peers.split(",") if one]
+        )
+        if "trl" in asked and _version("trl") is None:
+            print("trl is not installed (the extra `peers`): left out", flush=True)
+            asked = [one for one in asked if one != "trl"]
         # With float32 weights there are no masters beside them.
         return [one for one in asked if one != "masters" or self.given.dtype == "bfloat16"]
 
