@@ -1,272 +1,195 @@
 """Training: Luthier against TRL and transformers' Trainer with PEFT, the same rows, ids, steps, batch and learning rate.
 
     python benchmarks/train.py [--job lora] [--data FOLDER_WITH_DIALOGSUM] [--rows 96] [--repeats 3] [--dtype auto] [--json OUT.json]
+    python benchmarks/train.py --job lora --profile
 
 Each measurement is a process of its own: the whole train call timed (useful tokens, prompt and completion, a second), the
-peak of its memory, and the validation loss after. An optimizer step is 8 rows for everybody; a peer's own batch (1, 2, 4,
-8, accumulated to 8) is found in the same run, each as installed and, where it is there, with tcmalloc preloaded
-(Debian: libtcmalloc-minimal4). Luthier sets its allocator itself. The median of the repeats counts. Every side has the same
-precision: by default the faster of bfloat16 and float32 on this machine.
+peak of its memory, and the validation loss after, which has to be within 2 % of the peer's. An optimizer step is 8 rows
+for everybody. A peer as installed takes the very rows of Luthier's steps in padded batches of 8; its best is found in the
+same run: batches of 1, 2, 4, 8 accumulated to 8 rows, grouped by length, for TRL packed too, each without and, where it
+is there, with tcmalloc preloaded (Debian: libtcmalloc-minimal4). Luthier sets its allocator itself and is measured with
+tcmalloc as well. The median of the repeats counts. Every side has the same precision: by default the faster of bfloat16
+and float32 on this machine. `--profile` trains Luthier alone and says where its step goes.
+
+Peers are in the extra `peers`: pip install -e '.[peers,quantize]' -c constraints.txt
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
-import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import textwrap
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from training.jobs import BATCH, JOBS, read_rows, write_rows, write_t5
+from training.sides import AS_INSTALLED, SIDES, Way, Work, ways
+from training.table import Measured, entry, median, table
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-BATCH, SEED = 8, 0
 TCMALLOC = next(iter(sorted(Path("/usr/lib").rglob("libtcmalloc_minimal.so.4"))), None)
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Per job: our method and its settings, PEFT's configuration, learning rate.
-JOBS: dict[str, dict[str, Any]] = {
-    "lora": {"ours": {"method": "lora", "rank": 8, "alpha": 16}, "peft": ("LoraConfig", {"r": 8, "lora_alpha": 16, "target_modules": LINEARS}), "rate": 1e-3},
-    "prompt_tuning": {"ours": {"method": "prompt_tuning", "length": 20}, "peft": ("PromptTuningConfig", {"num_virtual_tokens": 20}), "rate": 2e-2},
-    "ia3": {"ours": {"method": "ia3"}, "peft": ("IA3Config", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}), "rate": 1e-2},
-    "full": {"ours": {"method": "full"}, "peft": None, "rate": 5e-5},
-}  # fmt: skip
-SIDES = {"luthier": [1], "trainer": [1, 2, 4, 8], "trl": [8]}
+MODES = [False, True] if TCMALLOC else [False]
 
 
-def rows_of(folder: Path | None, count: int) -> tuple[list[Any], list[Any]]:
-    """Encoded training rows and 20 validation rows, the same for every side."""
-    from luthier.data.source import Source
-    from luthier.data.task import Task
-    from luthier.recipe_file import make_recipe
+class Bench:
+    """One job with its rows and model: measures one side after another, each in a process of its own."""
 
-    if folder is None:
-        recipe = make_recipe({"task": "support-dialogues", "tunings": ["zero_shot"], "retention": []})
-        examples = recipe.examples(recipe.task)  # type: ignore[arg-type]
-        training, held = examples.train[:count], examples.validation[:20]
-    else:
-        task = Task(
-            template="Summarize the following conversation.\n\n{{ dialogue }} ||| {{ summary }}",
-            train=Source(str(folder / "dialogsum.dev.jsonl"), limit=count + 20),
-            validation=20, test=0,
-        )  # fmt: skip
-        recipe = make_recipe({"task": "support-dialogues", "tunings": ["zero_shot"], "retention": []})
-        examples = recipe.examples(task)
-        training, held = examples.train, examples.validation
-    encoder = recipe.read_encoder()
-    return [encoder.encode(one) for one in training], [encoder.encode(one) for one in held]
+    def __init__(self, given: argparse.Namespace, folder: Path):
+        from luthier.models.embedded import embedded_folder
 
+        self.given, self.job, self.rows = given, JOBS[given.job], folder / "rows.json"
+        self.model = given.model or embedded_folder("smollm2-135m-instruct")
+        self.tokens = write_rows(self.rows, str(self.model), given.data, given.rows, self.job.t5)
+        if self.job.t5:
+            write_t5(folder / "t5", self.model)
+            self.model = folder / "t5"
 
-def ours(job: dict[str, Any], training: list[Any], held: list[Any], _: int, out: Path, dtype: str) -> dict[str, float]:
-    from pydantic import TypeAdapter
-
-    from luthier.encoding.order import Shuffled
-    from luthier.evaluation.score import loss_and_accuracy
-    from luthier.models.base import BaseModel
-    from luthier.models.load import BaseSpec
-    from luthier.training.loop import train
-    from luthier.training.settings import TrainingSettings
-    from luthier.tuning import METHODS, attach
-
-    base = BaseModel.load(BaseSpec(dtype=dtype))
-    kind = METHODS[job["ours"]["method"]]
-    attach(base, "t", TypeAdapter(kind).validate_python(job["ours"]), SEED)
-    settings = TrainingSettings(epochs=1, batch_size=BATCH, learning_rate=job["rate"], warmup=0.0)
-    started = time.perf_counter()
-    train(base, "t", Shuffled(training, SEED), settings, SEED, out)
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    base.use("t")
-    return {"seconds": seconds, "peak_bytes": peak * 1024, "loss": loss_and_accuracy(base, held)[0]}
-
-
-def peer_model(job: dict[str, Any], dtype: str) -> Any:
-    import peft
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from luthier.models.embedded import embedded_folder
-
-    torch.manual_seed(SEED)
-    model = AutoModelForCausalLM.from_pretrained(embedded_folder("smollm2-135m-instruct"), dtype=getattr(torch, dtype))
-    if job["peft"] is None:
-        return model
-    name, settings = job["peft"]
-    return peft.get_peft_model(model, getattr(peft, name)(task_type="CAUSAL_LM", **settings))
-
-
-def arguments(job: dict[str, Any], batch: int, out: Path) -> dict[str, Any]:
-    return {
-        "output_dir": str(out), "per_device_train_batch_size": batch, "gradient_accumulation_steps": BATCH // batch,
-        "num_train_epochs": 1, "learning_rate": job["rate"], "lr_scheduler_type": "linear", "weight_decay": 0.0,
-        "max_grad_norm": 1.0, "save_strategy": "no", "report_to": [], "use_cpu": True, "seed": SEED,
-        "disable_tqdm": True, "logging_strategy": "no", "dataloader_pin_memory": False, "gradient_checkpointing": False,
-    }  # fmt: skip
-
-
-def trainer(
-    job: dict[str, Any], training: list[Any], held: list[Any], batch: int, out: Path, dtype: str
-) -> dict[str, float]:
-    """transformers' Trainer with PEFT, rows grouped by length, loss on the completion."""
-    import torch
-    from transformers import Trainer, TrainingArguments
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        longest = max(len(row["input_ids"]) for row in rows)
-        pad = lambda row, key, value: row[key] + [value] * (longest - len(row[key]))  # noqa: E731
-        return {
-            "input_ids": torch.tensor([pad(row, "input_ids", 0) for row in rows]),
-            "attention_mask": torch.tensor([pad({"m": [1] * len(row["input_ids"])}, "m", 0) for row in rows]),
-            "labels": torch.tensor([pad(row, "labels", -100) for row in rows]),
-        }
-
-    data = [{"input_ids": r.prompt + r.target, "labels": [-100] * len(r.prompt) + r.target} for r in training]
-    grouped = {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
-    model = peer_model(job, dtype)
-    made = Trainer(model=model, args=TrainingArguments(**arguments(job, batch, out), **grouped), train_dataset=data, data_collator=collate)  # fmt: skip
-    return timed(made.train, model, held)
-
-
-def trl(
-    job: dict[str, Any], training: list[Any], held: list[Any], batch: int, out: Path, dtype: str
-) -> dict[str, float]:
-    """TRL's SFTTrainer as its guide has it, on rows tokenized beforehand: loss on the completion."""
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
-
-    from luthier.models.embedded import embedded_folder
-
-    data = Dataset.from_list(
-        [
-            {"input_ids": r.prompt + r.target, "completion_mask": [0] * len(r.prompt) + [1] * len(r.target)}
-            for r in training
-        ]
-    )
-    model = peer_model(job, dtype)
-    settings = SFTConfig(**arguments(job, batch, out), max_length=None, completion_only_loss=True)
-    tokenizer = AutoTokenizer.from_pretrained(embedded_folder("smollm2-135m-instruct"))
-    made = SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
-    return timed(made.train, made.model, held)
-
-
-def timed(run: Any, model: Any, held: list[Any]) -> dict[str, float]:
-    """The train call's seconds, the peak of memory, and the loss on the held-out targets, row by row."""
-    import torch
-
-    started = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model.eval()
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for row in held:
-            ids = torch.tensor([row.prompt + row.target])
-            logits = model(input_ids=ids).logits[0, -len(row.target) - 1 : -1].float()
-            total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(row.target), reduction="sum"))
-            count += len(row.target)
-    return {"seconds": seconds, "peak_bytes": peak * 1024, "loss": total / count}
-
-
-def measure(given: argparse.Namespace, side: str, batch: int, tcmalloc: bool) -> dict[str, float] | None:
-    """One run in a process of its own; None where it failed."""
-    environment = dict(os.environ)
-    if tcmalloc:
-        environment["LD_PRELOAD"] = str(TCMALLOC)
-    command = [
-        sys.executable,
-        __file__,
-        "--job",
-        given.job,
-        "--rows",
-        str(given.rows),
-        "--run",
-        side,
-        "--batch",
-        str(batch),
-        "--dtype",
-        given.dtype,
-    ]
-    command += ["--data", str(given.data)] if given.data else []
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        print(f"{side} at batch {batch} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
-        return None
-    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    how = f"{side} batch {batch}{', tcmalloc' if tcmalloc else ''}"
-    print(
-        f"{how:32} {found['rate']:6.0f} tokens/s  {found['peak_bytes'] / 1e9:5.1f} GB  loss {found['loss']:.4f}",
-        flush=True,
-    )
-    return found
-
-
-def median(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-
-
-def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
-    mine = median([found for _ in range(given.repeats) if (found := measure(given, "luthier", 1, False))])
-    results = []
-    for side in [one for one in given.peers.split(",") if one]:
-        ways = [(batch, preload) for batch in SIDES[side] for preload in ([False, True] if TCMALLOC else [False])]
-        tried = {way: found for way in ways if (found := measure(given, side, *way))}
-        if not tried:
-            continue
-        best = max(tried, key=lambda way: tried[way]["rate"])
-        for what, way in {"as installed": (8, False), "at its best": best}.items():
-            runs = [tried[way]] if way in tried else []
-            runs += [found for _ in range(given.repeats - 1) if (found := measure(given, side, *way))]
-            theirs = median(runs)
-            results.append(
-                {
-                    "job": given.job, "dtype": given.dtype, "peer": f"{side}, {what} (batch {way[0]}{', tcmalloc' if way[1] else ''})",
-                    "peer_value": theirs["rate"], "ours": mine["rate"], "speed_ratio": mine["rate"] / theirs["rate"],
-                    "memory_ratio": mine["peak_bytes"] / theirs["peak_bytes"],
-                    "peer_peak_bytes": theirs["peak_bytes"], "our_peak_bytes": mine["peak_bytes"],
-                    "loss_peer": theirs["loss"], "loss_ours": mine["loss"],
-                }
-            )  # fmt: skip
-    for one in results:
+    def measure(self, side: str, way: Way) -> Measured | None:
+        """One run; None where it failed."""
+        environment = os.environ | ({"LD_PRELOAD": str(TCMALLOC)} if way.tcmalloc else {})
+        told = {"side": side, "job": self.given.job, "rows": str(self.rows), "model": str(self.model)}
+        told |= {"dtype": self.given.dtype, "way": asdict(way)}
+        command = [sys.executable, __file__, "--run", json.dumps(told)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        how = f"luthier{', tcmalloc' if way.tcmalloc else ''}" if side in ("luthier", "profile") else f"{side} {way}"
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            print(f"{how} failed: {said[-1]}", flush=True)
+            return None
+        found: Measured = json.loads(done.stdout.strip().splitlines()[-1])
+        found["rate"] = self.tokens / found["seconds"]
         print(
-            f"{one['job']}: {one['peer']}: {one['peer_value']:.0f} tokens/s, luthier {one['ours']:.0f}: "
-            f"{one['speed_ratio']:.2f} x as fast, {one['memory_ratio']:.2f} of the memory, "
-            f"loss {one['loss_peer']:.4f} and {one['loss_ours']:.4f}"
+            f"{how:33}{found['rate']:6.0f} tok/s{found['peak_bytes'] / 1e9:6.1f} GB{found['steps']:4d} steps  "
+            f"loss {found['loss']:7.4f}",
+            flush=True,
         )
-    return results
+        return found
+
+    def repeated(self, side: str, way: Way, first: Measured | None = None) -> Measured:
+        """The median of the repeats; `first` was measured before."""
+        runs = [first] if first else []
+        runs += [found for _ in range(self.given.repeats - len(runs)) if (found := self.measure(side, way))]
+        if not runs:
+            raise SystemExit(f"{side} could not be measured.")
+        return median(runs)
+
+    def compare(self) -> list[dict[str, Any]]:
+        """Luthier against each peer as installed and at its best."""
+        mine = self.repeated("luthier", AS_INSTALLED)
+        preloaded = self.repeated("luthier", replace(AS_INSTALLED, tcmalloc=True)) if TCMALLOC else None
+        results = []
+        for side in self.peers():
+            every = [replace(way, tcmalloc=mode) for way in ways(side, read_rows(self.rows)[0]) for mode in MODES]
+            tried = {way: found for way in every if (found := self.measure(side, way))}
+            if not tried:
+                continue
+            best = max(tried, key=lambda way: tried[way]["rate"])
+            named = {f"{side} as installed": AS_INSTALLED, f"{side} {best}": best}
+            for name, way in named.items():
+                if way in tried:
+                    theirs = self.repeated(side, way, tried[way])
+                    results.append(self.said(entry(self.given.job, name, theirs, mine, preloaded), best=way == best))
+        return results or [self.said(entry(self.given.job, None, None, mine, preloaded))]
+
+    def peers(self) -> list[str]:
+        """The peers of the job, or those asked for."""
+        asked = (
+            list(self.job.peers) if self.given.peers is None else [one for one in self.given.peers.split(",") if one]
+        )
+        if "trl" in asked and _version("trl") is None:
+            print("trl is not installed (the extra `peers`): left out", flush=True)
+            asked = [one for one in asked if one != "trl"]
+        # With float32 weights there are no masters beside them.
+        return [one for one in asked if one != "masters" or self.given.dtype == "bfloat16"]
+
+    def profile(self) -> list[dict[str, Any]]:
+        """Luthier alone, with the matrix products of its steps."""
+        from training.profile import text
+
+        found = self.measure("profile", AS_INSTALLED)
+        if found is None:
+            raise SystemExit("The profile could not be taken.")
+        print(f"\n{text(found['profile'])}")  # type: ignore[arg-type]
+        return [self.said(entry(self.given.job, None, None, found)) | {"profile": found["profile"]}]
+
+    def said(self, one: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """An entry with what it was measured on."""
+        versions = {name: _version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes")}
+        shared = {"dtype": self.given.dtype, "rows": self.given.rows, "repeats": self.given.repeats, "batch": BATCH}
+        return one | more | shared | {"note": self.job.note, "versions": versions}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _run(told: dict[str, Any]) -> None:
+    training, held = read_rows(Path(told["rows"]))
+    with tempfile.TemporaryDirectory() as out:
+        work = Work(
+            JOBS[told["job"]], training, held, Path(told["model"]), told["dtype"], Way(**told["way"]), Path(out)
+        )
+        found = SIDES[told["side"]](work)
+    print(json.dumps(found))
+
+
+def _jobs() -> str:
+    lines = ["jobs:"]
+    for name, job in JOBS.items():
+        said = f"{name:20} against {', '.join(job.peers) or 'nobody'}{f': {job.note}' if job.note else ''}"
+        lines.append(textwrap.fill(said, 100, initial_indent="  ", subsequent_indent=" " * 23))
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_jobs(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--job", choices=JOBS, default="lora")
     parser.add_argument("--data", type=Path, help="a folder with dialogsum.dev.jsonl; default: what ships with Luthier")
+    parser.add_argument(
+        "--model", type=Path, help="a folder with a model of Llama's architecture; default: SmolLM2-135M"
+    )
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peers", default="trainer,trl")
+    parser.add_argument("--peers", help="of the job's peers, these (comma-separated; empty: none)")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--profile", action="store_true", help="Luthier alone: its matrix products")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--run", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--batch", type=int, default=BATCH, help=argparse.SUPPRESS)
+    parser.add_argument("--run", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.run:
-        training, held = rows_of(given.data, given.rows)
-        side = {"luthier": ours, "trainer": trainer, "trl": trl}[given.run]
-        with tempfile.TemporaryDirectory() as out:
-            found = side(JOBS[given.job], training, held, given.batch, Path(out), given.dtype)
-        print(json.dumps({**found, "rate": sum(map(len, training)) / found["seconds"]}))
+        _run(json.loads(given.run))
         return
+    for key in ("rows", "repeats"):
+        if getattr(given, key) < 1:
+            parser.error(f"--{key} is {getattr(given, key)}; it must be at least 1")
+    known = {"trainer", "masters", "trl", "seq2seq"}
+    if unknown := set(filter(None, (given.peers or "").split(","))) - known:
+        parser.error(f"--peers: {', '.join(sorted(unknown))} is none of {', '.join(sorted(known))}")
     if given.dtype == "auto":
         import torch
 
         from luthier.models.load import resolve_dtype
 
         given.dtype = str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
-    print(f"precision: {given.dtype}", flush=True)
-    results = compare(given)
+    print(f"{given.job}, {given.dtype}, {given.rows} rows", flush=True)
+    if JOBS[given.job].note:
+        print(textwrap.fill(f"({JOBS[given.job].note}.)", 80), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(given, Path(folder))
+        results = bench.profile() if given.profile else bench.compare()
+    if not given.profile:
+        print(f"\n{table(results)}")
     if given.json:
         given.json.write_text(json.dumps(results, indent=2) + "\n")
 
