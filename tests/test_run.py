@@ -756,6 +756,7 @@ def test_the_surface_is_frozen() -> None:
         "run": ["out", "recipe", "resume", "set_"],
         "preview": ["recipe", "rows", "set_"],
         "audit": ["as_json", "recipe", "set_"],
+        "plan": ["as_json", "memory", "recipe", "set_"],
         "generate": [
             "beams",
             "file",
