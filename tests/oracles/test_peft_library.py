@@ -98,11 +98,13 @@ def in_double(base: BaseModel, model: torch.nn.Module) -> None:
         parameter.data = parameter.data.double()
 
 
-def same_logits(ours: torch.Tensor, pefts: torch.Tensor, bare: torch.Tensor) -> None:
-    """Within 1e-5, of the largest logit where that is above 1: some bases' norms round to float32 on the way."""
-    bound = 1e-5 * max(1.0, float(pefts.abs().max()))
-    assert (ours - bare).abs().max() > 1e-2, "the adapter has no effect, so nothing was compared"
-    assert torch.allclose(ours, pefts, atol=bound, rtol=0), (ours - pefts).abs().max()
+def apart(ours: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest logit of `other` where that is above 1."""
+    return float((ours - other).abs().max()) / max(1.0, float(other.abs().max()))
+
+
+BOUND = 1e-5  # some bases' norms round to float32 on the way
+EFFECT = 1e-2  # less than this, and the adapter did nothing: then nothing was compared
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -123,7 +125,8 @@ def test_peft_opens_ours(family: str, kind: str, tmp_path: Path) -> None:
     opened = peft.PeftModel.from_pretrained(plain, tmp_path)
     in_double(base, opened)
     ours, pefts = all_logits(base, inputs, ones), peft_logits(opened.eval(), inputs, base.encoder_decoder)
-    same_logits(ours, pefts, bare)
+    assert (ours - bare).abs().max() > EFFECT
+    assert apart(ours, pefts) <= BOUND
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -146,7 +149,9 @@ def test_we_open_pefts(family: str, kind: str, tmp_path: Path) -> None:
     base.use("t")
     in_double(base, model)
     expected = peft_logits(model.eval(), inputs, base.encoder_decoder)
-    same_logits(all_logits(base, inputs, ones), expected, bare)
+    ours = all_logits(base, inputs, ones)
+    assert (ours - bare).abs().max() > EFFECT
+    assert apart(ours, expected) <= BOUND
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -165,7 +170,9 @@ def test_what_is_saved_whole_has_no_product_beside_it(modules: list[str], tmp_pa
         (tmp_path / file).write_bytes(content)
     opened = peft.PeftModel.from_pretrained(plain, tmp_path)
     in_double(base, opened)
-    same_logits(all_logits(base, inputs, ones), peft_logits(opened.eval(), inputs, False), bare)
+    ours = all_logits(base, inputs, ones)
+    assert (ours - bare).abs().max() > EFFECT
+    assert apart(ours, peft_logits(opened.eval(), inputs, False)) <= BOUND
     (tmp_path / "luthier.json").unlink()
     load_tuning(again, tmp_path, "t")
     again.use("t")

@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 from tests import tiny
+from tests.training.server import serve
 from tests.training.test_loop import METHODS, rows_for
 
 from luthier.data.load import load_examples
@@ -199,13 +199,5 @@ def run(trial: Trial) -> dict:
     return {"kills": killed, "straight": straight, "resumed": resumed, "leftovers": leftovers}
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # trainers of tokenizers print
-    tiny.byte_bpe(), tiny.unigram()
-    for line in sys.stdin:
-        print(json.dumps(run(Trial(**json.loads(line)))), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(lambda asked: run(Trial(**asked)))

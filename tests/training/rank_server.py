@@ -6,13 +6,13 @@ As `kill_server`, it imports once and forks; a request and its answer are lines 
 import json
 import os
 import socket
-import sys
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tests import tiny
+from tests.training.server import serve
 from tests.training.test_loop import METHODS, rows_for
 
 from luthier.directory import RunDirectory
@@ -131,13 +131,5 @@ def run(asked: Together) -> list[str]:
     return [(Path(asked.folder) / f"said.{rank}").read_text() for rank in range(asked.size)]
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # trainers of tokenizers print
-    tiny.byte_bpe(), tiny.unigram()
-    for line in sys.stdin:
-        print(json.dumps(run(Together(**json.loads(line)))), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(lambda asked: run(Together(**asked)))

@@ -4,18 +4,15 @@ Real processes are killed (SIGKILL) at random points and in the middle of writin
 with more points for each method.
 """
 
-import json
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from tests import tiny
 from tests.training.kill_server import Trial
+from tests.training.server import asking
 from tests.training.test_loop import METHODS, rows_for, same, weights
 
 from luthier.encoding.order import Shuffled
@@ -37,26 +34,12 @@ Kill = Callable[[Trial], dict]
 
 @pytest.fixture(scope="module")
 def kill() -> Iterator[Kill]:
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.training.kill_server"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-    def ask(trial: Trial) -> dict:
-        server.stdin.write(json.dumps(asdict(trial)) + "\n")
-        server.stdin.flush()
-        said = server.stdout.readline()
-        assert said, "the server failed; its traceback is above"
-        return json.loads(said)
-
-    yield ask
-    server.communicate(timeout=60)
+    with asking("tests.training.kill_server") as ask:
+        yield ask
 
 
-def check(found: dict, trial: Trial) -> None:
-    assert found["kills"] == trial.kills + trial.writes >= 3
-    assert found["resumed"] == found["straight"], "weights, optimizer, generator, position and best so far"
-    assert found["leftovers"] == [], "what a kill left half-written is removed"
+def kills_of(trial: Trial) -> int:
+    return trial.kills + trial.writes
 
 
 def name(trial: Trial) -> str:
@@ -65,7 +48,10 @@ def name(trial: Trial) -> str:
 
 @pytest.mark.parametrize("trial", EVERY_METHOD + OTHERS, ids=name)
 def test_a_killed_training_ends_in_the_same_bits(trial: Trial, kill: Kill) -> None:
-    check(kill(trial), trial)
+    found = kill(trial)
+    assert found["kills"] == kills_of(trial) >= 3
+    assert found["resumed"] == found["straight"], "weights, optimizer, generator, position and best so far"
+    assert found["leftovers"] == [], "what a kill left half-written is removed"
 
 
 @pytest.mark.long
@@ -75,7 +61,9 @@ def test_a_killed_training_ends_in_the_same_bits(trial: Trial, kill: Kill) -> No
 def test_many_kills_of_each_method(method: str, family: str, seed: int, kill: Kill) -> None:
     for rows in ("file", "mixture") + (("stream",) if family != "t5" else ()):
         trial = Trial(method, family, rows=rows, kills=5, writes=2, seed=seed)
-        check(kill(trial), trial)
+        found = kill(trial)
+        assert found["kills"] == kills_of(trial) >= 3
+        assert found["resumed"] == found["straight"] and found["leftovers"] == [], rows
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_good(tmp_path: Path) -> None:

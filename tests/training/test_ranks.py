@@ -1,11 +1,7 @@
 """Several processes learn what one learns: same losses, weights and decisions, whatever their number."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tests import tiny
 from tests.training.rank_server import Together
+from tests.training.server import asking
 from tests.training.test_loop import rows_for
 
 from luthier.directory import RunDirectory
@@ -33,20 +30,8 @@ each_family = pytest.mark.parametrize("family", ["llama", "t5"])
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.training.rank_server"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
-    )  # fmt: skip
-
-    def one(asked: Together) -> list[str]:
-        server.stdin.write(json.dumps(asdict(asked)) + "\n")
-        server.stdin.flush()
-        said = server.stdout.readline()
-        assert said, "the server failed; its traceback is above"
-        return json.loads(said)
-
-    yield one
-    server.communicate(timeout=60)
+    with asking("tests.training.rank_server", GLOO_SOCKET_IFNAME="lo") as one:
+        yield one
 
 
 def learnt(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
