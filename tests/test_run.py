@@ -569,7 +569,10 @@ def test_the_best_template_is_the_one_of_the_best_validation_score(content: dict
     content["tunings"]["best"] = {"method": "best_template"}
     with pytest.raises(UserError, match="the task 'who' has one template. Name several"):
         run(make_recipe(content), tmp_path / "other", isolate=False)
-    assert not (tmp_path / "other").exists()
+    content["tunings"]["best"] = {"method": "best_template", "templates": [wordings[0], "{{ txt }} ||| {{ who }}"]}
+    with pytest.raises(UserError, match="no column 'txt'"):
+        run(make_recipe(content), tmp_path / "other", isolate=False)
+    assert not (tmp_path / "other").exists(), "found before any work"
     content["tunings"] = {"zero_shot": {}}
     content["task"]["template_choice"] = 4
     with pytest.raises(UserError, match="has 1 template, and template_choice is 4"):

@@ -103,7 +103,8 @@ def _rehearse(recipe: Recipe, divides: bool) -> None:
             needs_similar()
         if isinstance(method, BestTemplate):
             for task in recipe.tasks:
-                candidates(recipe, task, method)
+                for _, one in candidates(recipe, task, method):
+                    recipe.examples(one)  # a column that is not there; what is rendered is kept for the stage
         source = recipe.method(method.of) if isinstance(method, Interpolation) else method
         if isinstance(source, Method):
             attach(base, name, source, recipe.seed)
