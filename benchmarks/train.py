@@ -1,6 +1,7 @@
 """Training: Luthier against TRL and transformers' Trainer with PEFT, the same rows, ids, steps, batch and learning rate.
 
-    python benchmarks/train.py [--job lora] [--data FOLDER_WITH_DIALOGSUM] [--rows 96] [--repeats 3] [--dtype auto] [--json OUT.json]
+    python benchmarks/train.py [--job lora] [--data FOLDER_WITH_DIALOGSUM] [--rows 96] [--repeats 3] [--dtype auto]
+                               [--device cpu] [--json OUT.json]
     python benchmarks/train.py --job lora --profile
 
 Each measurement is a process of its own: the whole train call timed (useful tokens, prompt and completion, a second), the
@@ -44,6 +45,7 @@ class Bench:
         from luthier.models.embedded import embedded_folder
 
         self.given, self.job, self.rows = given, JOBS[given.job], folder / "rows.json"
+        self.modes = MODES if given.device == "cpu" else [False]
         self.model = given.model or embedded_folder("smollm2-135m-instruct")
         self.tokens = write_rows(self.rows, str(self.model), given.data, given.rows, self.job.t5)
         if self.job.t5:
@@ -54,7 +56,7 @@ class Bench:
         """One run; None where it failed."""
         environment = os.environ | ({"LD_PRELOAD": str(TCMALLOC)} if way.tcmalloc else {})
         told = {"side": side, "job": self.given.job, "rows": str(self.rows), "model": str(self.model)}
-        told |= {"dtype": self.given.dtype, "way": asdict(way)}
+        told |= {"dtype": self.given.dtype, "way": asdict(way), "device": self.given.device}
         command = [sys.executable, __file__, "--run", json.dumps(told)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         how = f"luthier{', tcmalloc' if way.tcmalloc else ''}" if side in ("luthier", "profile") else f"{side} {way}"
@@ -82,10 +84,10 @@ class Bench:
     def compare(self) -> list[dict[str, Any]]:
         """Luthier against each peer as installed and at its best."""
         mine = self.repeated("luthier", AS_INSTALLED)
-        preloaded = self.repeated("luthier", replace(AS_INSTALLED, tcmalloc=True)) if TCMALLOC else None
+        preloaded = self.repeated("luthier", replace(AS_INSTALLED, tcmalloc=True)) if len(self.modes) > 1 else None
         results = []
         for side in self.peers():
-            every = [replace(way, tcmalloc=mode) for way in ways(side, read_rows(self.rows)[0]) for mode in MODES]
+            every = [replace(way, tcmalloc=mode) for way in ways(side, read_rows(self.rows)[0]) for mode in self.modes]
             tried = {way: found for way in every if (found := self.measure(side, way))}
             if not tried:
                 continue
@@ -121,7 +123,13 @@ class Bench:
     def said(self, one: dict[str, Any], **more: Any) -> dict[str, Any]:
         """An entry with what it was measured on."""
         versions = {name: _version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes")}
-        shared = {"dtype": self.given.dtype, "rows": self.given.rows, "repeats": self.given.repeats, "batch": BATCH}
+        shared = {
+            "dtype": self.given.dtype,
+            "device": self.given.device,
+            "rows": self.given.rows,
+            "repeats": self.given.repeats,
+            "batch": BATCH,
+        }
         return one | more | shared | {"note": self.job.note, "versions": versions}
 
 
@@ -136,8 +144,9 @@ def _run(told: dict[str, Any]) -> None:
     training, held = read_rows(Path(told["rows"]))
     with tempfile.TemporaryDirectory() as out:
         work = Work(
-            JOBS[told["job"]], training, held, Path(told["model"]), told["dtype"], Way(**told["way"]), Path(out)
-        )
+            JOBS[told["job"]], training, held, Path(told["model"]), told["dtype"], Way(**told["way"]), Path(out),
+            told["device"],
+        )  # fmt: skip
         found = SIDES[told["side"]](work)
     print(json.dumps(found))
 
@@ -163,6 +172,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", help="of the job's peers, these (comma-separated; empty: none)")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--profile", action="store_true", help="Luthier alone: its matrix products")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--run", help=argparse.SUPPRESS)
@@ -181,8 +191,8 @@ def main() -> None:
 
         from luthier.models.load import resolve_dtype
 
-        given.dtype = str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
-    print(f"{given.job}, {given.dtype}, {given.rows} rows", flush=True)
+        given.dtype = str(resolve_dtype("auto", torch.device(given.device))).removeprefix("torch.")
+    print(f"{given.job}, {given.dtype} on {given.device}, {given.rows} rows", flush=True)
     if JOBS[given.job].note:
         print(textwrap.fill(f"({JOBS[given.job].note}.)", 80), flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,6 @@
 """Tiny models of every family, with tokenizers trained here: nothing is downloaded."""
 
+import os
 import random
 from functools import cache
 
@@ -43,6 +44,9 @@ CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+# LUTHIER_TEST_DEVICE=cuda runs the laws on a GPU.
+DEVICE = torch.device(os.environ.get("LUTHIER_TEST_DEVICE", "cpu"))
 
 DECODERS = ("llama", "gpt2", "qwen2", "qwen3", "mistral", "gemma2")
 ENCODER_DECODERS = ("t5", "t5-gated")
@@ -190,7 +194,8 @@ def make(
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             elif family not in ENCODER_DECODERS:
                 parameter.mul_(4.0)
-    return BaseModel(model.to(dtype), tokenizer, BaseSpec(model="in-memory", quantize=quantize))
+    spec = BaseSpec(model="in-memory", quantize=quantize)
+    return BaseModel(model.to(dtype), tokenizer, spec, None if DEVICE.type == "cpu" else DEVICE)
 
 
 def words(generator: random.Random, least: int, most: int) -> str:

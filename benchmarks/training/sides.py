@@ -49,6 +49,7 @@ class Work:
     dtype: str
     way: Way
     out: Path
+    device: str = "cpu"
 
 
 def ways(side: str, training: list[Row]) -> list[Way]:
@@ -75,7 +76,9 @@ def luthier(work: Work, mode: Any = None) -> Measured:
     training = InOrder([Encoded(str(n), row.prompt, row.target) for n, row in enumerate(work.training)])
     held = [Encoded(str(n), row.prompt, row.target) for n, row in enumerate(work.held)]
     base = BaseModel.load(
-        BaseSpec(model=str(work.model), dtype=work.dtype, device="cpu", quantize="nf4" if work.job.quantize else None)  # type: ignore[arg-type]
+        BaseSpec(
+            model=str(work.model), dtype=work.dtype, device=work.device, quantize="nf4" if work.job.quantize else None
+        )  # type: ignore[arg-type]
     )
     start = loss_and_accuracy(base, held)[0] if mode is None else math.nan
     method: Any = TypeAdapter(METHODS[work.job.ours["method"]]).validate_python(work.job.ours)
@@ -84,8 +87,9 @@ def luthier(work: Work, mode: Any = None) -> Measured:
     with mode or nullcontext():
         started = time.perf_counter()
         progress = train(base, "t", training, settings, SEED, work.out)
+        finish(work.device)
         seconds = time.perf_counter() - started
-    peak = peak_bytes()
+    peak = peak_bytes(work.device)
     base.use("t")
     found = {"seconds": seconds, "step_seconds": progress.seconds, "steps": progress.step, "peak_bytes": peak}
     return found | {"loss": loss_and_accuracy(base, held)[0], "loss_start": start}
@@ -227,7 +231,7 @@ def arguments(work: Work) -> dict[str, Any]:
         "gradient_accumulation_steps": work.way.accumulated,
         "train_sampling_strategy": "group_by_length" if work.way.grouped else "sequential",
         "num_train_epochs": 1, "learning_rate": work.job.rate, "lr_scheduler_type": "linear", "weight_decay": 0.0,
-        "max_grad_norm": 1.0, "save_strategy": "no", "report_to": [], "use_cpu": True, "seed": SEED,
+        "max_grad_norm": 1.0, "save_strategy": "no", "report_to": [], "use_cpu": work.device == "cpu", "seed": SEED,
         "disable_tqdm": True, "logging_strategy": "no", "dataloader_pin_memory": False, "gradient_checkpointing": False,
     }  # fmt: skip
 
@@ -251,25 +255,41 @@ def timed(made: Any, model: Any, work: Work) -> Measured:
 
     started = time.perf_counter()
     made.train()
+    finish(work.device)
     seconds = time.perf_counter() - started
-    peak = peak_bytes()
+    peak = peak_bytes(work.device)
     model.eval()
     total, count = 0.0, 0
+    at = lambda ids: torch.tensor(ids, device=model.device)  # noqa: E731
     with torch.no_grad():
         for row in work.held:
             if work.job.t5:
-                inputs = {"input_ids": torch.tensor([row.prompt]), "decoder_input_ids": torch.tensor([[0, *row.target[:-1]]])}  # fmt: skip
+                inputs = {"input_ids": at([row.prompt]), "decoder_input_ids": at([[0, *row.target[:-1]]])}
                 logits = model(**inputs).logits[0].float()
             else:
-                ids = torch.tensor([row.prompt + row.target])
+                ids = at([row.prompt + row.target])
                 logits = model(input_ids=ids, logits_to_keep=len(row.target) + 1).logits[0, :-1].float()
-            total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(row.target), reduction="sum"))
+            total += float(torch.nn.functional.cross_entropy(logits, at(row.target), reduction="sum"))
             count += len(row.target)
     return {"seconds": seconds, "steps": made.state.global_step, "peak_bytes": peak, "loss": total / count}
 
 
-def peak_bytes() -> int:
-    """The most memory this process has held: of its own address space where Linux says so, else since its parent forked."""
+def finish(device: str) -> None:
+    """Wait for what an accelerator was given."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory held: the accelerator's tensors, else this process, of its own address space where Linux says so, else
+    since its parent forked.
+    """
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():

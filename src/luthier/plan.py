@@ -130,7 +130,7 @@ def _changes(recipe: Recipe, name: str) -> list[_Change]:
 
     found: list[_Change] = []
     if isinstance(tuning.method, Method):
-        for key, value in _cheaper(tuning.training).items():
+        for key, value in _cheaper(tuning.training, resolve_device(recipe.base.device)).items():
             said = f"training.{key}={str(value).lower()}"
             found.append(_Change(said, partial(trained, key, value), of_rows=key == "micro_batch_tokens"))
     if not recipe.base.quantize:
@@ -151,8 +151,8 @@ def _shortened(length: int, recipe: Recipe) -> Recipe:
     return shorter
 
 
-def _cheaper(settings: TrainingSettings) -> dict[str, Any]:
-    found: dict[str, Any] = {"micro_batch_tokens": max(64, settings.micro_batch_tokens // 4)}
+def _cheaper(settings: TrainingSettings, device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {"micro_batch_tokens": max(64, settings.token_budget(device.type) // 4)}
     if not settings.gradient_checkpointing:
         found["gradient_checkpointing"] = True
     if settings.optimizer == "adamw":

@@ -12,6 +12,7 @@ from luthier.encoding.order import step_rows
 from luthier.evaluation.score import EVALUATION_TOKENS
 from luthier.models.base import BaseModel
 from luthier.models.generate import BATCH_ROWS
+from luthier.models.load import resolve_device
 from luthier.recipe import AnyMethod, Recipe
 from luthier.training_rows import training_rows
 from luthier.tuning import FewShot, Interpolation, Method, Prompting
@@ -77,6 +78,7 @@ def _training(
     Where there are too many or they are streamed, of rows of `max_length`.
     """
     settings = recipe.tunings[name].training
+    budget = settings.token_budget(resolve_device(recipe.base.device).type)
     if all(each.stream is None and 0 < len(each.train) <= FEW_ROWS for _, each in tasks):
         stream, _ = training_rows(recipe, recipe.tunings[name], tasks, encoder, reserve)
         steps = settings.steps(len(stream))
@@ -86,7 +88,7 @@ def _training(
         tokens = 0
         cost = lambda group: (len(group) * len(group[0]) if padded else 0, *_size(group))  # noqa: E731
         for step in range(looked_at):
-            groups = micro_batches(step_rows(stream, settings.batch_size, step), settings.micro_batch_tokens, padded)
+            groups = micro_batches(step_rows(stream, settings.batch_size, step), budget, padded)
             tokens += sum(len(row) for group in groups for row in group)
             if not worst or max(map(cost, groups)) > max(map(cost, worst)):
                 worst, earlier = groups, earlier if not worst else max(worst, key=cost)
@@ -97,7 +99,7 @@ def _training(
     target = max(1, encoder.max_length // 4)
     prompt = encoder.max_length - (0 if encoder.encoder_decoder else target)
     rows = [Encoded("longest", [0] * prompt, [0] * target)] * settings.batch_size
-    groups = micro_batches(rows, settings.micro_batch_tokens, padded)
+    groups = micro_batches(rows, budget, padded)
     steps = settings.steps(sum(len(each.train) for _, each in tasks if each.stream is None) or settings.batch_size)
     said = f"rows of max_length ({encoder.max_length} tokens)"
     return [groups[0], *groups[:2]], steps * sum(map(len, rows)), said

@@ -18,6 +18,9 @@ from luthier.models.prefix import Prefixes
 
 NAME = "luthier_packed"
 
+# An accelerator runs rows as one padded call, which costs fewer launches than a call a row, unless padding more than doubles them.
+_MOST_PADDED = 2
+
 # Above this many tokens the (L, L) score matrix costs more than the fused kernel's slower backward.
 _LONGEST_EXPLICIT = 1024
 
@@ -98,6 +101,19 @@ class Packing:
     cache: RowCache | None = None
     prefixes: Prefixes | None = None
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    indices: tuple[Tensor, Tensor] | None = None
+
+    def padded(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where the rows' tokens stand once padded at their ends: (rows * longest,) to take, and (T,) to take back."""
+        if self.indices is None:
+            lengths, longest = torch.tensor(self.lengths), max(self.lengths)
+            places = torch.arange(longest)
+            starts = lengths.cumsum(0) - lengths
+            # Padding repeats a row's last token: causal attention never looks behind a query.
+            take = (starts[:, None] + torch.minimum(places[None, :], lengths[:, None] - 1)).flatten()
+            back = torch.nonzero((places[None, :] < lengths[:, None]).flatten())[:, 0]
+            self.indices = take.to(device), back.to(device)
+        return self.indices
 
     @property
     def decoding(self) -> bool:
@@ -124,6 +140,9 @@ def packed_attention(
     if packing.decoding:
         out = _attend_cached(query, key, value, scale, softcap, sliding_window, packing)
         return out.transpose(1, 2), None
+    where = stands_for.get() if query.is_meta else query.device.type
+    if _as_one_call(packing, where, softcap, sliding_window):
+        return _together(query, key, value, packing, scale, dropout), None
     pieces, start = [], 0
     for row, length in enumerate(packing.lengths):
         here = slice(start, start + length)
@@ -135,7 +154,6 @@ def packed_attention(
         before = k.shape[2] - length
         window = sliding_window if sliding_window is not None and sliding_window < before + length else None
         plain = not branches and window is None and not before
-        where = stands_for.get() if q.is_meta else q.device.type
         explicit = where == "cpu" and q.dtype == torch.bfloat16 and length <= _LONGEST_EXPLICIT
         if plain and not explicit and softcap is None:
             pieces.append(_fused(q, k, v, scale, dropout))
@@ -144,6 +162,25 @@ def packed_attention(
             pieces.append(_attend(q, k, v, mask, scale, softcap, dropout))
         start += length
     return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def _as_one_call(packing: Packing, where: str, softcap: float | None, window: int | None) -> bool:
+    """Whether all rows are attended in one padded call: plain causal rows of about one length on an accelerator."""
+    rows, longest = len(packing.lengths), max(packing.lengths)
+    if where == "cpu" or rows == 1 or any(packing.branches) or packing.prefixes or softcap is not None:
+        return False
+    return (window is None or window >= longest) and rows * longest <= _MOST_PADDED * sum(packing.lengths)
+
+
+def _together(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, dropout: float) -> Tensor:
+    """All rows in one call of the fused kernel, padded at their ends; (1, T, H, d)."""
+    take, back = packing.padded(query.device)
+
+    def rows(one: Tensor) -> Tensor:  # (1, H, T, d) to (rows, H, longest, d)
+        return one[0].index_select(1, take).unflatten(1, (len(packing.lengths), -1)).transpose(0, 1)
+
+    out = _fused(rows(query), rows(key), rows(value), scale, dropout)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, back)[None]
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:

@@ -84,7 +84,7 @@ def train(
             remove_partial(path)
 
     torch.manual_seed(seed)
-    progress = Progress(micro_batch_tokens=settings.micro_batch_tokens, loss_scale=first_scale(base.dtype))
+    progress = Progress(micro_batch_tokens=settings.token_budget(base.device.type), loss_scale=first_scale(base.dtype))
     if checkpoint.is_file():
         progress, weights, state = read_checkpoint(checkpoint, owned)
         copy_into(locals_of(owned), weights, str(checkpoint))

@@ -6,13 +6,16 @@ from typing import Any, ClassVar, Literal
 
 from luthier.training.optimizer import Kind
 
+# Micro-batches of this many tokens keep a few cores busy, and of this many an accelerator, whose launches they share.
+CPU_TOKENS, ACCELERATOR_TOKENS = 1024, 8192
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """How a tuning is trained; None means the method's own default.
 
-    `batch_size` rows make an optimizer step; `micro_batch_tokens` limits memory only. `warmup` is a share
-    of all steps. `rates` multiply the rate of parameters by shell pattern, `layer_decay` that of each block below the
+    `batch_size` rows make an optimizer step; `micro_batch_tokens` limits memory only (None: what the device is quick
+    with). `warmup` is a share of all steps. `rates` multiply the rate of parameters by shell pattern, `layer_decay` that of each block below the
     last once more, `lora_plus` that of LoRA's B. `label_smoothing` gives that share of the target to all tokens; `neftune`
     is the noise on the embeddings of training rows. Validation runs every `validate_every` steps (None: each
     epoch); `early_stopping` ends training after that many validations without a better `watch` (loss, accuracy, or one
@@ -31,7 +34,7 @@ class TrainingSettings:
     epochs: int = 3
     max_steps: int | None = None
     batch_size: int = 8
-    micro_batch_tokens: int = 1024
+    micro_batch_tokens: int | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
     optimizer: Kind = "adamw"
@@ -56,10 +59,10 @@ class TrainingSettings:
     hooks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "micro_batch_tokens", "checkpoint_every"):
+        for key in ("epochs", "batch_size", "checkpoint_every"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
-        for key in ("max_steps", "validate_every", "early_stopping"):
+        for key in ("micro_batch_tokens", "max_steps", "validate_every", "early_stopping"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
         if self.snapshots < 0:
@@ -91,6 +94,10 @@ class TrainingSettings:
             raise ValueError("snapshots are scored on whole weights, which shard divides: choose one")
         if self.neftune and self.frozen_cache:
             raise ValueError("neftune puts new noise on every row, so frozen_cache has nothing to keep: choose one")
+
+    def token_budget(self, device: str) -> int:
+        """Tokens run at once on a device of this type ("cpu", "cuda")."""
+        return self.micro_batch_tokens or (CPU_TOKENS if device == "cpu" else ACCELERATOR_TOKENS)
 
     def steps(self, rows: int) -> int:
         """Optimizer steps for a training split of `rows` rows."""
