@@ -46,7 +46,8 @@ def make_rows(base: BaseModel, count: int = 6, seed: int = 0) -> list[Encoded]:
 
 
 def batch_of(base: BaseModel, rows: list[Encoded], segments: tuple[Segment, ...] = ()):
-    return replace(collate(rows, base.decoder_start if base.encoder_decoder else None), segments=segments)
+    batch = collate(rows, base.decoder_start if base.encoder_decoder else None).to(base.device)
+    return replace(batch, segments=segments)
 
 
 def scores(base: BaseModel, rows: list[Encoded]) -> Tensor:
