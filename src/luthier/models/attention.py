@@ -143,6 +143,12 @@ def packed_attention(
     where = stands_for.get() if query.is_meta else query.device.type
     if _as_one_call(packing, where, softcap, sliding_window):
         return _together(query, key, value, packing, scale, dropout), None
+    if where == "cpu" and query.dtype == torch.bfloat16 and _written_out(packing, softcap, dropout):
+        masks = [
+            _mask(packing, length, packing.branches[row] if packing.branches else (), sliding_window, query)
+            for row, length in enumerate(packing.lengths)
+        ]
+        return _Rows.apply(query, key, value, packing.lengths, masks, scale), None
     pieces, start = [], 0
     for row, length in enumerate(packing.lengths):
         here = slice(start, start + length)
@@ -170,6 +176,60 @@ def _as_one_call(packing: Packing, where: str, softcap: float | None, window: in
     if where == "cpu" or rows == 1 or any(packing.branches) or packing.prefixes or softcap is not None:
         return False
     return (window is None or window >= longest) and rows * longest <= _MOST_PADDED * sum(packing.lengths)
+
+
+def _written_out(packing: Packing, softcap: float | None, dropout: float) -> bool:
+    """Whether every row's scores are best computed whole, as 16-bit products of two matrices."""
+    return not packing.prefixes and softcap is None and not dropout and max(packing.lengths) <= _LONGEST_EXPLICIT
+
+
+class _Rows(torch.autograd.Function):
+    """softmax(s Q K^T + mask) V for each row, its scores written out; the softmax is in fp32, as transformers' is.
+
+    One function for all rows, because the gradient of a slice is a tensor of the whole size.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], masks: list[Tensor], scale: float
+    ) -> Tensor:
+        out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])  # (1, T, H, d)
+        kept, start = [], 0
+        for length, mask in zip(lengths, masks, strict=True):
+            here = slice(start, start + length)
+            scores = torch.bmm(_stacked(query, here, key.shape[1]).mul_(scale), key[0, :, here].transpose(1, 2))
+            scores.view(-1, length, length).add_(mask)
+            weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+            out[0, here] = torch.bmm(weights, value[0, :, here]).view(-1, length, query.shape[3]).transpose(0, 1)
+            kept.append(weights)
+            start += length
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.lengths, ctx.scale = lengths, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        upstream = outputs[0].transpose(1, 2)  # (1, H, T, d)
+        query, key, value, *kept = ctx.saved_tensors
+        into_query, into_key, into_value = map(torch.empty_like, (query, key, value))
+        groups, width, start = key.shape[1], query.shape[3], 0
+        for length, weights in zip(ctx.lengths, kept, strict=True):
+            here = slice(start, start + length)
+            own = _stacked(upstream, here, groups)
+            into_value[0, :, here] = torch.bmm(weights.transpose(1, 2), own)
+            into_weights = torch.bmm(own, value[0, :, here].transpose(1, 2))
+            into_scores = torch.ops.aten._softmax_backward_data(into_weights, weights, -1, weights.dtype)
+            into_rows = torch.bmm(into_scores, key[0, :, here]).mul_(ctx.scale)
+            into_query[0, :, here] = into_rows.view(-1, length, width)
+            stacked = _stacked(query, here, groups).mul_(ctx.scale)
+            into_key[0, :, here] = torch.bmm(into_scores.transpose(1, 2), stacked)
+            start += length
+        return into_query, into_key, into_value, None, None, None
+
+
+def _stacked(heads: Tensor, here: slice, groups: int) -> Tensor:
+    """A copy of some tokens, the heads that share a key head one under the other: (K, H / K * L, d)."""
+    return heads[0, :, here].clone(memory_format=torch.contiguous_format).view(groups, -1, heads.shape[3])
 
 
 def _together(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, dropout: float) -> Tensor:
@@ -205,7 +265,7 @@ def _attend(
     scores = (stacked @ key.transpose(2, 3)).view(rows, heads, length, seen)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = F.dropout((scores + mask).softmax(-1), dropout)
+    weights = F.dropout((scores + mask).softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
     return (weights.view(rows, groups, heads // groups * length, seen) @ value).view(rows, heads, length, width)
 
 

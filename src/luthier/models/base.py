@@ -29,6 +29,7 @@ from luthier.models.load import (
     resolve_dtype,
 )
 from luthier.models.noise import noisy
+from luthier.models.norms import quicken_norms
 from luthier.models.padding import kept_index, owner_rows, pad, pad_index
 from luthier.models.prefix import Prefixes
 from luthier.models.quantize import QuantizedLinear, adopt_packed, is_packed, quantize_linears
@@ -64,6 +65,7 @@ class BaseModel:
         self.encoder_decoder: bool = bool(model.config.is_encoder_decoder)
         self.packs = self.family in PACKED_FAMILIES
         model.set_attn_implementation(attention.NAME if self.packs else "eager")
+        quicken_norms(model)
         self.grafts = Grafts(model)
         self.grafts.use(None)
         self.sharded = False  # divided over processes: see shard.py

@@ -1,4 +1,4 @@
-"""The weight of a linear or embedding as plain fp32 numbers, however the module stores it."""
+"""The weight of a linear or embedding as plain numbers, however the module stores it."""
 
 import torch
 from torch import Tensor, nn
@@ -17,3 +17,12 @@ def dense_weight(module: nn.Module) -> Tensor:
         return module.dequantized().float()
     weight: Tensor = module.weight.detach().float()  # type: ignore[union-attr, operator]
     return weight.T.contiguous() if isinstance(module, Conv1D) else weight
+
+
+@torch.no_grad()
+def product_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """A linear's weight (out, in) in the precision of a product, unpacked but not copied."""
+    if isinstance(module, QuantizedLinear):
+        return module.dequantized().to(dtype)
+    weight: Tensor = module.weight.detach().to(dtype)  # type: ignore[union-attr, operator]
+    return weight.T if isinstance(module, Conv1D) else weight

@@ -27,6 +27,10 @@ class Delta(nn.Module):
         """What the base module reads in place of x."""
         return x
 
+    def with_base(self, base: nn.Module, x: Tensor) -> Tensor | None:
+        """f(x, base(x)) in one step, where this delta has one for such a module; else None."""
+        return None
+
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """The base module's fp32 weight, (out, in) for a linear and (vocabulary, D) for an embedding, and bias with this
         delta folded in; None where no weights of the module give the same outputs.
@@ -62,6 +66,8 @@ class Grafted(nn.Module):
             delta = self.delta(parts[0][0])
             if delta is None:
                 return self.base(x)
+            if (whole := delta.with_base(self.base, x)) is not None:
+                return whole
             y = self.base(delta.enter(x) if delta.changes_input else x)
             return delta(x, y)
         deltas = [self.delta(name) for name, _ in parts]

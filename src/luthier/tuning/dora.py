@@ -82,6 +82,10 @@ class DoRA(LowRank):
         turned = F.linear(low, (self.lora_B.weight * (self.scale * ratio)[:, None]).to(x.dtype))
         return y + (ratio - 1).to(y.dtype) * plain + turned
 
+    def with_base(self, base: nn.Module, x: Tensor) -> Tensor | None:
+        """None: what the base makes of x is scaled first."""
+        return None
+
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """m (W + s B A) / ||W + s B A||."""
         whole = weight + self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()

@@ -1,4 +1,11 @@
-"""A product of two thin matrices beside a linear: y + s B (A x). A starts Kaiming-uniform, B at zero."""
+"""A product of two thin matrices beside a linear: y + s B (A x). A starts Kaiming-uniform, B at zero.
+
+    y = x W^T + b + l B^T,   l = x A^T              (s is in B)
+    dx = g W + h A,   h = g B,   dA = h^T x,   dB = g^T l        with g the upstream gradient, rows flat
+
+One function for the frozen linear and its product keeps x and l alone and adds into what is there. Products that leave r
+columns are computed as their transposes, with r rows: on a CPU four times faster.
+"""
 
 import math
 from typing import Any
@@ -8,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from luthier.models.dense import product_weight
 from luthier.models.grafted import Delta
+from luthier.models.quantize import QuantizedLinear
 
 
 class LowRank(Delta):
@@ -28,24 +37,51 @@ class LowRank(Delta):
         """x: (..., in), y: (..., out), the base's output for x."""
         if self.dropout and torch.is_grad_enabled():
             x = F.dropout(x, self.dropout)
-        # The small matrices are cast to the activations' precision, never the other way round.
-        added: Tensor = _AddProduct.apply(
-            x, y, self.lora_A.weight.to(x.dtype), (self.lora_B.weight * self.scale).to(x.dtype)
-        )
+        added: Tensor = _AddProduct.apply(x, y, *self._thin(x.dtype))
         return added
+
+    def with_base(self, base: nn.Module, x: Tensor) -> Tensor | None:
+        """The frozen linear and its product together; x: (..., in)."""
+        if (self.dropout and torch.is_grad_enabled()) or not _frozen(base):
+            return None
+        whole: Tensor = _TunedLinear.apply(x, *self._thin(x.dtype), base)
+        return whole
+
+    def _thin(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # The small matrices are cast to the activations' precision, never the other way round.
+        return self.lora_A.weight.to(dtype), (self.lora_B.weight * self.scale).to(dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """W + scale * B A."""
         return weight + self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float(), bias
 
 
+class _TunedLinear(torch.autograd.Function):
+    """x W^T + b + x A^T B^T for a frozen linear; x: (..., in), A: (r, in), B: (out, r)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Module) -> Tensor:
+        flat = x.flatten(0, -2)
+        y: Tensor = base(flat)
+        low = a @ flat.T  # (r, T)
+        ctx.save_for_backward(flat, low, a, b)
+        ctx.base, ctx.shape = base, x.shape
+        return y.addmm_(low.T, b.T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        (upstream,) = outputs
+        x, low, a, b = ctx.saved_tensors
+        wanted_x, wanted_a, wanted_b, _ = ctx.needs_input_grad
+        flat, into_x = upstream.flatten(0, -2), None
+        into_low = b.T @ flat.T  # (r, T)
+        if wanted_x:
+            into_x = (flat @ product_weight(ctx.base, flat.dtype)).addmm_(into_low.T, a).view(ctx.shape)
+        return into_x, into_low @ x if wanted_a else None, (low @ flat).T if wanted_b else None, None
+
+
 class _AddProduct(torch.autograd.Function):
-    """y + x A^T B^T; x: (..., in), y: (..., out), A: (r, in), B: (out, r).
-
-    Backward, with g the upstream gradient and rows flat:   dx = h A,  dA = h^T x,  dB = (l^T g)^T,   h = g B, l = x A^T
-
-    Products that leave r columns are computed as their transposes, with r rows: on a CPU four times faster.
-    """
+    """y + x A^T B^T beside any module; x: (..., in), y: (..., out), A: (r, in), B: (out, r)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -66,6 +102,12 @@ class _AddProduct(torch.autograd.Function):
             into_low @ x.flatten(0, -2) if wanted_a else None,
             (low @ flat).T if wanted_b else None,
         )
+
+
+def _frozen(module: nn.Module) -> bool:
+    """Whether a module is a linear without a part that is trained."""
+    plain = type(module) in (nn.Linear, Conv1D, QuantizedLinear)
+    return plain and not any(one.requires_grad for one in module.parameters())
 
 
 def features(module: nn.Module) -> tuple[int, int]:
