@@ -202,7 +202,7 @@ def _hold_weights(base: BaseModel, owned: Mapping[str, Tensor], ledger: Ledger) 
 
 
 def _batch(base: BaseModel, rows: Sequence[Encoded]) -> Any:
-    return collate(rows, base.decoder_start if base.encoder_decoder else None).to(base.device)
+    return collate(rows, base.decoder_start if base.encoder_decoder else None, base.forks).to(base.device)
 
 
 class _parts:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from luthier.models.attention import Packing, _as_one_call, _together, packed_attention
+from luthier.models.attention import _as_one_call, _mask, _together, packed_attention
+from luthier.models.packing import Packing
+from luthier.models.written_out import attend_written_out
 
 
 def test_one_padded_call_equals_a_call_for_each_row() -> None:
@@ -19,6 +21,40 @@ def test_one_padded_call_equals_a_call_for_each_row() -> None:
     apart = run(lambda q, k, v: packed_attention(None, q, k, v, scaling=0.3, packing=packing)[0])
     for found, expected in zip(together, apart, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("packing", [Packing((3, 7, 6)), Packing((3, 13), ((), (4, 5, 1)))], ids=["rows", "forked"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_gradient_written_out_is_autograds(packing: Packing, window: int | None) -> None:
+    inputs = [torch.randn(1, heads, 16, 8, requires_grad=True) for heads in (4, 2, 2)]
+    upstream = torch.randn(1, 16, 4, 8)
+    masks = [_mask(packing, piece, 0, window, inputs[0]) for piece in packing.pieces]
+    found = attend_written_out(*inputs, packing.pieces, masks, 0.3)
+    expected, _ = packed_attention(None, *inputs, scaling=0.3, packing=packing, sliding_window=window)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    gradients = [torch.autograd.grad(out, inputs, upstream) for out in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_branch_sees_the_shared_part_and_itself(window: int | None) -> None:
+    """Each branch behind the shared part is a row of its own."""
+    forked, shared, branches = Packing((15,), ((4, 5, 1),)), 5, (4, 5, 1)
+    inputs = [torch.randn(1, heads, 15, 8) for heads in (4, 2, 2)]
+    out, _ = packed_attention(None, *inputs, scaling=0.3, packing=forked, sliding_window=window)
+    start = shared
+    for branch in branches:
+        places = [*range(shared), *range(start, start + branch)]
+        alone, _ = packed_attention(
+            None,
+            *(one[:, :, places] for one in inputs),
+            scaling=0.3,
+            packing=Packing((len(places),)),
+            sliding_window=window,
+        )
+        torch.testing.assert_close(out[:, start : start + branch], alone[:, shared:], atol=1e-6, rtol=1e-5)
+        start += branch
 
 
 @pytest.mark.parametrize(

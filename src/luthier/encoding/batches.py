@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from luthier.encoding.encoder import Encoded, Encoder
-from luthier.models.batch import Batch, Packed
+from luthier.models.batch import Batch, Packed, common_start
 
 
 def micro_batches(rows: Sequence[Encoded], budget: int, padded: bool) -> list[list[Encoded]]:
@@ -27,8 +27,12 @@ def micro_batches(rows: Sequence[Encoded], budget: int, padded: bool) -> list[li
     return groups
 
 
-def collate(rows: Sequence[Encoded], decoder_start: int | None) -> Batch:
-    """Lay rows out as one packed batch; `decoder_start` is given for encoder-decoders."""
+def collate(rows: Sequence[Encoded], decoder_start: int | None, fork: bool = False) -> Batch:
+    """Lay rows out as one packed batch; `decoder_start` is given for encoder-decoders.
+
+    `fork` computes what all rows begin with (a chat's system text, a template's instruction, shots) once: one row with a
+    branch for each. Losses and gradients are the same sums.
+    """
     labels = torch.tensor([token for row in rows for token in row.labels])
     owners = torch.tensor([place for place, row in enumerate(rows) for _ in row.labels])
     ids = tuple(row.id for row in rows)
@@ -49,12 +53,23 @@ def collate(rows: Sequence[Encoded], decoder_start: int | None) -> Batch:
         )
     # The end token is predicted, never read: the last input is the last token of the completion.
     sequences = [row.prompt + row.target[:-1] for row in rows]
+    shared = common_start(sequences, min(map(_first_state, rows))) if fork and not known else 0
     targets, start = [], 0
     for row, sequence in zip(rows, sequences, strict=True):
         targets += [torch.arange(start + first - 1, start + stop - 1) for first, stop in row.earlier]
         targets.append(torch.arange(start + len(row.prompt) - 1, start + len(sequence)))
-        start += len(sequence)
-    return Batch(ids=ids, source=_packed(sequences), targets=torch.cat(targets), labels=labels, owners=owners, **known)
+        start += len(sequence) - shared  # the next one's shared part would stand before its branch
+    source = _packed(sequences)
+    if shared:
+        branches = tuple(len(sequence) - shared for sequence in sequences)
+        ids_ = sequences[0][:shared] + [token for sequence in sequences for token in sequence[shared:]]
+        source = Packed(torch.tensor(ids_), (len(ids_),), (branches,))
+    return Batch(ids=ids, source=source, targets=torch.cat(targets), labels=labels, owners=owners, **known)
+
+
+def _first_state(row: Encoded) -> int:
+    """Where the first state that predicts a target stands."""
+    return (row.earlier[0][0] if row.earlier else len(row.prompt)) - 1
 
 
 def collate_choices(

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from luthier.errors import UserError
 from luthier.models import attention
 from luthier.models.allocator import give_back_freed_memory, keep_freed_memory
-from luthier.models.attention import Packing
 from luthier.models.batch import Batch, Packed, Segment, row_parts, token_parts
 from luthier.models.grafted import Grafted
 from luthier.models.grafts import Grafts
@@ -30,6 +29,7 @@ from luthier.models.load import (
 )
 from luthier.models.noise import noisy
 from luthier.models.norms import quicken_norms
+from luthier.models.packing import Packing
 from luthier.models.padding import kept_index, owner_rows, pad, pad_index
 from luthier.models.prefix import Prefixes
 from luthier.models.quantize import QuantizedLinear, adopt_packed, is_packed, quantize_linears
@@ -138,6 +138,13 @@ class BaseModel:
         return any(isinstance(module, QuantizedLinear) for module in self.grafts.modules.values())
 
     @property
+    def forks(self) -> bool:
+        """Whether rows that begin alike are best laid out as one row with branches: on a CPU, with nothing drawn row by row."""
+        where = attention.stands_for.get() if self.embedding.weight.is_meta else self.device.type
+        prefixed = self.grafts.name_of(0, ()) in self.grafts.prefixes
+        return self.packs and where == "cpu" and not self.embedding_noise and not prefixed
+
+    @property
     def decoder_start(self) -> int:
         """The token an encoder-decoder's decoder begins with."""
         return int(self.config.decoder_start_token_id)
@@ -169,7 +176,8 @@ class BaseModel:
         targets = batch.targets
         if index is not None:  # padded rows
             return states.flatten(0, 1)[index[targets]]
-        return states[0][targets + shift[batch.owners]]
+        # The rows of one forked row all stand behind its one prompt.
+        return states[0][targets + (shift[batch.owners] if len(shift) > 1 else shift)]
 
     def logits(self, states: Tensor) -> Tensor:
         """Apply the head: (N, D) states to (N, vocabulary) logits, scaled and capped as the model does."""

@@ -1,5 +1,6 @@
 """Batch: packed tokens, and which of them are targets."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +21,7 @@ class Packed:
     """Sequences one after another without padding.
 
     A row may fork: after its shared part come `branches`, alternatives that see the shared part and
-    themselves but not each other (the choices of a question).
+    themselves but not each other (the choices of a question, the rows of a batch that begin alike).
     """
 
     ids: Tensor  # (T,) token ids
@@ -82,6 +83,19 @@ class Batch:
             owners=self.owners.to(device, non_blocking=True),
             states=None if self.states is None else self.states.to(device, non_blocking=True),
         )
+
+
+# The least tokens that are worth computing once for several rows.
+SHARED = 32
+
+
+def common_start(rows: Sequence[list[int]], limit: int) -> int:
+    """How many tokens, at most `limit`, all rows begin with alike where it pays to compute them once; else 0."""
+    if len(rows) < 2:
+        return 0
+    first, last = min(rows), max(rows)  # what these two share, all between them do
+    count = next((at for at in range(limit) if first[at] != last[at]), max(limit, 0))
+    return count if count >= SHARED else 0
 
 
 def token_parts(segments: tuple[Segment, ...], lengths: tuple[int, ...]) -> tuple[slice, ...]:

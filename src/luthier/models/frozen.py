@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from luthier.models.attention import Packing
 from luthier.models.base import BaseModel
 from luthier.models.batch import Batch, Packed
+from luthier.models.packing import Packing
 from luthier.models.padding import pad
 
 # Families whose decoder is embeddings, `layers` and `norm`, with nothing in between.

@@ -8,16 +8,16 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
-from luthier.models.attention import Packing, RowCache
 from luthier.models.base import BaseModel
-from luthier.models.batch import Packed
+from luthier.models.batch import Packed, common_start
 from luthier.models.beams import Beams
 from luthier.models.decoding import Chooser, Decoding
+from luthier.models.packing import Packing, RowCache
 from luthier.models.padding import pad_left
 from luthier.models.prefix import Prefixes
 
-# Rows decoded together, and the least tokens that are worth computing once for all of them.
-BATCH_ROWS, SHARED = 32, 32
+# Rows decoded together.
+BATCH_ROWS = 32
 
 GREEDY = Decoding()
 NO_TOKEN = 2**31 - 1  # for an empty list transformers would put its own default
@@ -119,7 +119,7 @@ def prefill(base: BaseModel, prompts: list[list[int]], new_tokens: int) -> tuple
     """
     device = base.device
     prefixes = base.grafts.prefixes_of(range(len(prompts)), ())
-    shared = _shared(prompts)
+    shared = common_start(prompts, min(map(len, prompts)) - 1)
     if shared:
         before = _keys_values(base, prompts[0][:shared])
         prefixes = Prefixes((before,) * len(prompts))
@@ -136,16 +136,6 @@ def prefill(base: BaseModel, prompts: list[list[int]], new_tokens: int) -> tuple
     states = base.run_packed(embedded[None], positions[None], packing)[0]
     cache.prompts_are_in(device)
     return states[torch.tensor(lengths, device=device).cumsum(0) - 1], cache
-
-
-def _shared(prompts: list[list[int]]) -> int:
-    """How many tokens all prompts begin with alike, where it pays; each keeps at least one of its own."""
-    if len(prompts) < 2:
-        return 0
-    first, last = min(prompts), max(prompts)  # what these two share, all between them do
-    limit = min(map(len, prompts)) - 1
-    count = next((at for at in range(limit) if first[at] != last[at]), limit)
-    return count if count >= SHARED else 0
 
 
 def _keys_values(base: BaseModel, ids: list[int]) -> Tensor:

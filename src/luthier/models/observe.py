@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from luthier.models.attention import Packing, RowCache
 from luthier.models.base import BaseModel
 from luthier.models.batch import Packed
+from luthier.models.packing import Packing, RowCache
 from luthier.models.parts import attention_heads
 
 

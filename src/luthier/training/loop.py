@@ -235,11 +235,11 @@ def accumulate(
     if base.sharded:  # every rank has to run the blocks as often as the others: for nothing, where it has no more rows
         own += [(most[0], 0.0)] * (len(most) - len(own))
     for group, counts in own:
-        batch = collate(group, base.decoder_start if base.encoder_decoder else None).to(base.device)
+        batch = collate(group, base.decoder_start if base.encoder_decoder else None, base.forks).to(base.device)
         loss = inside(base, lambda batch=batch: loss_sum(base, batch, label_smoothing))  # type: ignore[misc]
         (loss * (counts * loss_scale / count)).backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach()) * counts
-        tokens += batch.tokens if counts else 0
+        tokens += sum(map(len, group)) if counts else 0
     return total / count, tokens
 
 

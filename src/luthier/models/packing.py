@@ -1,0 +1,144 @@
+"""How the tokens of one forward pass divide into rows, and the keys and values of rows that are being decoded."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from luthier.models.prefix import Prefixes
+
+
+class RowCache:
+    """Keys and values of the rows being decoded, preallocated: per layer (rows, heads, capacity, d)."""
+
+    is_compileable = False
+    is_sliding = (False,)
+
+    def __init__(self, lengths: tuple[int, ...], new_tokens: int, prefixes: Prefixes | None = None):
+        self.lengths = lengths  # of the prompts
+        self.prefixes = prefixes
+        before = prefixes.lengths if prefixes else (0,) * len(lengths)
+        self.prompt_lengths = tuple(one + more for one, more in zip(before, lengths, strict=True))  # prefixes included
+        self.capacity = max(self.prompt_lengths) + new_tokens
+        self.filled: Tensor | None = None  # (rows,) tokens held by each row; None until the prompts are in
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; return what this step attends to (transformers' cache contract)."""
+        if self.filled is None:
+            self._store_prompts(key, value, layer)
+            return key, value
+        rows = torch.arange(key.shape[0], device=key.device)
+        self.keys[layer][rows, :, self.filled] = key[:, :, 0]
+        self.values[layer][rows, :, self.filled] = value[:, :, 0]
+        longest = int(self.longest) + 1
+        return self.keys[layer][:, :, :longest], self.values[layer][:, :, :longest]
+
+    def _store_prompts(self, key: Tensor, value: Tensor, layer: int) -> None:
+        shape = (len(self.prompt_lengths), key.shape[1], self.capacity, key.shape[3])
+        self.keys[layer], self.values[layer] = key.new_zeros(shape), value.new_zeros(shape)
+        start = 0
+        for row, (length, filled) in enumerate(zip(self.lengths, self.prompt_lengths, strict=True)):
+            here, own = slice(start, start + length), slice(filled - length, filled)
+            self.keys[layer][row, :, own], self.values[layer][row, :, own] = key[0, :, here], value[0, :, here]
+            if self.prefixes and (prefix := self.prefixes.at(layer, row, key)):
+                before = filled - length
+                self.keys[layer][row, :, :before], self.values[layer][row, :, :before] = prefix[0][0], prefix[1][0]
+            start += length
+
+    def prompts_are_in(self, device: torch.device) -> None:
+        """From here on each update is one new token a row."""
+        self.filled = torch.tensor(self.prompt_lengths, device=device)
+        self.longest = max(self.prompt_lengths)
+
+    def advance(self) -> None:
+        """Count the token that the last step stored."""
+        assert self.filled is not None
+        self.filled = self.filled + 1
+        self.longest += 1
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these: finished rows leave the batch."""
+        assert self.filled is not None
+        self.filled = self.filled[rows]
+        self.longest = int(self.filled.max())
+        for layer in self.keys:
+            self.keys[layer] = self.keys[layer][rows]
+            self.values[layer] = self.values[layer][rows]
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Part of transformers' cache contract; positions are always given explicitly."""
+        return 0
+
+
+class Piece(NamedTuple):
+    """Tokens of one row that follow one another: they see the row's shared part, if they are a branch, and themselves."""
+
+    row: int
+    own: slice
+    shared: slice = slice(0, 0)
+
+    @property
+    def length(self) -> int:
+        """Queries."""
+        return int(self.own.stop - self.own.start)
+
+    @property
+    def seen(self) -> int:
+        """Keys, without a prefix."""
+        return self.length + int(self.shared.stop - self.shared.start)
+
+    def of(self, heads: Tensor) -> Tensor:
+        """What it sees of keys or values (1, K, T, d): (1, K, seen, d)."""
+        own = heads[:, :, self.own]
+        return own if self.seen == self.length else torch.cat([heads[:, :, self.shared], own], dim=2)
+
+
+@dataclass
+class Packing:
+    """How the tokens of one forward pass divide into rows; handed to every attention layer."""
+
+    lengths: tuple[int, ...]
+    branches: tuple[tuple[int, ...], ...] = ()
+    cache: RowCache | None = None
+    prefixes: Prefixes | None = None
+    masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    indices: tuple[Tensor, Tensor] | None = None
+
+    def padded(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where the rows' tokens stand once padded at their ends: (rows * longest,) to take, and (T,) to take back."""
+        if self.indices is None:
+            lengths, longest = torch.tensor(self.lengths), max(self.lengths)
+            places = torch.arange(longest)
+            starts = lengths.cumsum(0) - lengths
+            # Padding repeats a row's last token: causal attention never looks behind a query.
+            take = (starts[:, None] + torch.minimum(places[None, :], lengths[:, None] - 1)).flatten()
+            back = torch.nonzero((places[None, :] < lengths[:, None]).flatten())[:, 0]
+            self.indices = take.to(device), back.to(device)
+        return self.indices
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Rows, a forked one as its shared part and its branches."""
+        found: list[Piece] = []
+        start = 0
+        for row, length in enumerate(self.lengths):
+            branches = self.branches[row] if self.branches else ()
+            shared = slice(start, start + length - sum(branches))
+            if shared.stop > shared.start:
+                found.append(Piece(row, shared))
+            cursor = shared.stop
+            for branch in branches:
+                if branch:
+                    found.append(Piece(row, slice(cursor, cursor + branch), shared))
+                cursor += branch
+            start += length
+        return tuple(found)
+
+    @property
+    def decoding(self) -> bool:
+        """One new token a row, keys and values from the cache."""
+        return self.cache is not None and self.cache.filled is not None
