@@ -30,7 +30,7 @@ from luthier.tuning.files import copy_into
 from luthier.tuning.method import Method, parameters
 
 # Steps between returning the heap's holes to the system.
-TRIM_EVERY = 4
+TRIM_EVERY = 16
 # No budget is halved below this: rows are longer.
 SMALLEST_BUDGET = 64
 
