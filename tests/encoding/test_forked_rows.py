@@ -10,6 +10,7 @@ from tests.laws.test_methods import disturb, make_rows
 from luthier.encoding.batches import collate
 from luthier.encoding.encoder import Encoded
 from luthier.models.base import BaseModel
+from luthier.models.frozen import frozen_states
 from luthier.models.loss import label_scores, loss_sum
 from luthier.training.loop import accumulate
 from luthier.tuning import LoRA, Method, PrefixTuning, PromptTuning, attach, parameters
@@ -58,6 +59,22 @@ def test_what_is_common_ends_before_the_first_state_that_predicts() -> None:
     assert batch.source.branches == ((3, 3, 3),)
     answered = [replace(one, earlier=((34, 36),)) for one in same]
     assert collate(answered, None, fork=True).source.branches == ((9, 9, 9),)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_rows_that_bring_states_along_fork_too(family: str) -> None:
+    base = tiny.make(family, blocks=3)
+    attach(base, "t", LoRA(rank=2, layers=[2]))
+    disturb(base, "t")
+    base.use("t")
+    rows = rows_for(base)
+    kept = [replace(row, states=frozen_states(base, collate([row], None).source, 2), frozen=2) for row in rows]
+    assert collate(kept, None, fork=True).source.branches
+    found = [
+        loss_sum(base, collate(each, None, fork=fork)) for each, fork in ((rows, False), (kept, False), (kept, True))
+    ]
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found[2], found[0], atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

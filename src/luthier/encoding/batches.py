@@ -4,7 +4,6 @@ Micro-batches divide an optimizer's batch by a token budget: that is memory only
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -36,9 +35,8 @@ def collate(rows: Sequence[Encoded], decoder_start: int | None, fork: bool = Fal
     labels = torch.tensor([token for row in rows for token in row.labels])
     owners = torch.tensor([place for place, row in enumerate(rows) for _ in row.labels])
     ids = tuple(row.id for row in rows)
-    known: dict[str, Any] = {}
-    if rows and all(row.states is not None for row in rows):
-        known = {"states": torch.cat([row.states for row in rows]), "frozen": rows[0].frozen}
+    known = [row.states for row in rows if row.states is not None]
+    frozen = rows[0].frozen if rows and len(known) == len(rows) else 0
     if decoder_start is not None:
         inputs = [token for row in rows for token in (decoder_start, *row.target[:-1])]
         return Batch(
@@ -49,11 +47,12 @@ def collate(rows: Sequence[Encoded], decoder_start: int | None, fork: bool = Fal
             targets=torch.arange(len(labels)),
             labels=labels,
             owners=owners,
-            **known,
+            states=torch.cat(known) if frozen else None,
+            frozen=frozen,
         )
     # The end token is predicted, never read: the last input is the last token of the completion.
     sequences = [row.prompt + row.target[:-1] for row in rows]
-    shared = common_start(sequences, min(map(_first_state, rows))) if fork and not known else 0
+    shared = common_start(sequences, min(map(_first_state, rows))) if fork else 0
     targets, start = [], 0
     for row, sequence in zip(rows, sequences, strict=True):
         targets += [torch.arange(start + first - 1, start + stop - 1) for first, stop in row.earlier]
@@ -64,7 +63,16 @@ def collate(rows: Sequence[Encoded], decoder_start: int | None, fork: bool = Fal
         branches = tuple(len(sequence) - shared for sequence in sequences)
         ids_ = sequences[0][:shared] + [token for sequence in sequences for token in sequence[shared:]]
         source = Packed(torch.tensor(ids_), (len(ids_),), (branches,))
-    return Batch(ids=ids, source=source, targets=torch.cat(targets), labels=labels, owners=owners, **known)
+    states = torch.cat([known[0][:shared], *(one[shared:] for one in known)]) if frozen else None
+    return Batch(
+        ids=ids,
+        source=source,
+        targets=torch.cat(targets),
+        labels=labels,
+        owners=owners,
+        states=states,
+        frozen=frozen,
+    )
 
 
 def _first_state(row: Encoded) -> int:

@@ -65,7 +65,7 @@ def target_states(base: BaseModel, batch: Batch) -> Tensor:
 
 def _run(base: BaseModel, states: Tensor, packed: Packed) -> Tensor:
     positions = torch.tensor(packed.positions(), device=states.device)[None]
-    return base.run_packed(states[None], positions, Packing(packed.lengths))[0]
+    return base.run_packed(states[None], positions, Packing(packed.lengths, packed.branches))[0]
 
 
 @contextmanager
