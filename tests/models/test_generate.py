@@ -11,6 +11,7 @@ from luthier.encoding.encoder import Encoded
 from luthier.models.decoding import Decoding, narrowed
 from luthier.models.generate import generate
 from luthier.tuning import IA3, Bottleneck, LoRA, PrefixTuning, PromptTuning, Selective, attach, parameters
+from luthier.tuning.dora import DoRA
 
 FAMILIES = tiny.DECODERS + tiny.UNPACKED + tiny.ENCODER_DECODERS + tiny.ABSOLUTE
 
@@ -172,3 +173,31 @@ def test_what_is_drawn_from_is_narrowed_as_written() -> None:
         assert float(found.sum()) == pytest.approx(1.0)
         torch.testing.assert_close(found[kept], logits.exp()[0, kept] / logits.exp()[0, kept].sum())
     assert narrowed(logits, 4, 0.9)[0].nonzero().flatten().tolist() == [0, 1, 2]  # of the four, these hold 0.9
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_what_follows_from_a_tunings_weights_is_derived_once_an_answer_and_anew_for_the_next(
+    dora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.make("llama")
+    attach(base, "t", LoRA(rank=2, dora=dora))
+    base.use("t")
+    counted, norms = [], DoRA._norms_now
+    monkeypatch.setattr(DoRA, "_norms_now", lambda self: (counted.append(id(self)), norms(self))[1])
+    prompts = [[5, 6, 7, 8], [9, 10, 11]]
+    answers = []
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in parameters(base, "t").values():
+                parameter.add_(torch.randn_like(parameter) * 0.5)
+        counted.clear()
+        found = generate(base, prompts, 8, [])
+        assert len(counted) == len(set(counted)) == dora * 14, "derived again within one answer"
+        fresh = tiny.make("llama")
+        attach(fresh, "t", LoRA(rank=2, dora=dora))
+        for key, parameter in parameters(fresh, "t").items():
+            parameter.data.copy_(parameters(base, "t")[key])
+        fresh.use("t")
+        assert found == generate(fresh, prompts, 8, [])
+        answers.append(found)
+    assert answers[0] != answers[1], "the change of the weights was not seen"

@@ -12,6 +12,7 @@ from luthier.models.base import BaseModel
 from luthier.models.batch import Packed, common_start
 from luthier.models.beams import Beams
 from luthier.models.decoding import Chooser, Decoding
+from luthier.models.grafted import standing_still
 from luthier.models.packing import Packing, RowCache
 from luthier.models.padding import pad_left
 from luthier.models.prefix import Prefixes
@@ -51,10 +52,11 @@ def generate(
     for rows in batches_by_length(prompts, batch_rows):
         chunk = [list(prompts[i]) for i in rows]
         decode = _decode_padded if not base.packs else _decode_beams if decoding.beams > 1 else _decode_packed
-        for place, ids in decode(base, chunk, max_new_tokens, set(stop), decoding, [numbers[i] for i in rows]):
-            results[rows[place]] = ids
-            if on_finished:
-                on_finished(rows[place], ids)
+        with standing_still():
+            for place, ids in decode(base, chunk, max_new_tokens, set(stop), decoding, [numbers[i] for i in rows]):
+                results[rows[place]] = ids
+                if on_finished:
+                    on_finished(rows[place], ids)
     return results
 
 

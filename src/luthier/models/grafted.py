@@ -8,13 +8,30 @@ Before                         after two tunings were grafted on the same linear
     y[s] = f_t(x[s], base(e_t(x))[s])       for each segment s of rows and its tuning t
 """
 
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 EVERYTHING = slice(None)
+
+# What deltas have derived from their parameters, while nothing changes these: see `standing_still`.
+_derived: ContextVar[dict[tuple[int, Any], Any] | None] = ContextVar("derived", default=None)
+Derived = TypeVar("Derived")
+
+
+@contextmanager
+def standing_still() -> Iterator[None]:
+    """Within it no parameter changes and nothing is trained: what follows from a delta's parameters is derived once."""
+    token = _derived.set({})
+    try:
+        yield
+    finally:
+        _derived.reset(token)
 
 
 class Delta(nn.Module):
@@ -26,6 +43,16 @@ class Delta(nn.Module):
     def enter(self, x: Tensor) -> Tensor:
         """What the base module reads in place of x."""
         return x
+
+    def once(self, key: Any, derive: Callable[[], Derived]) -> Derived:
+        """What `derive` makes of the parameters; while they stand still, made once for each key."""
+        known = _derived.get()
+        if known is None or torch.is_grad_enabled():
+            return derive()
+        if (id(self), key) not in known:
+            known[id(self), key] = derive()
+        found: Derived = known[id(self), key]
+        return found
 
     def with_base(self, base: nn.Module, x: Tensor) -> Tensor | None:
         """f(x, base(x)) in one step, where this delta has one for such a module; else None."""

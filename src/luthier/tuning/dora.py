@@ -69,6 +69,9 @@ class DoRA(LowRank):
         self.lora_magnitude_vector = _start(self._norms, features(base)[1], device)
 
     def _norms(self) -> Tensor:
+        return self.once("norms", self._norms_now)
+
+    def _norms_now(self) -> Tensor:
         return self.norms.of(self.lora_A.weight, self.lora_B.weight, self.scale)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -110,6 +113,9 @@ class DoRAEmbedding(LowRankEmbedding):
         self.lora_magnitude_vector = _start(self._norms, base.embedding_dim, device)
 
     def _norms(self) -> Tensor:
+        return self.once("norms", self._norms_now)
+
+    def _norms_now(self) -> Tensor:
         return self.norms.of(self.lora_embedding_A, self.lora_embedding_B, self.scale)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

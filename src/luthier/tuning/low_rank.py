@@ -49,7 +49,7 @@ class LowRank(Delta):
 
     def _thin(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # The small matrices are cast to the activations' precision, never the other way round.
-        return self.lora_A.weight.to(dtype), (self.lora_B.weight * self.scale).to(dtype)
+        return self.once(dtype, lambda: (self.lora_A.weight.to(dtype), (self.lora_B.weight * self.scale).to(dtype)))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """W + scale * B A."""
