@@ -111,12 +111,13 @@ def write_rows(path: Path, model: str, data: Path | None, count: int, t5: bool) 
         "held": [(row.prompt, row.target) for row in held],
     }
     if t5:
-        made = {key: [(_folded(one), _folded(two)) for one, two in rows] for key, rows in made.items()}
+        made = {key: [(folded(one), folded(two)) for one, two in rows] for key, rows in made.items()}
     path.write_text(json.dumps(made))
     return sum(len(prompt) + len(target) for prompt, target in made["training"])
 
 
-def _folded(ids: list[int]) -> list[int]:
+def folded(ids: list[int]) -> list[int]:
+    """Ids as T5's vocabulary has room for, with its end."""
     words = T5_SMALL["vocab_size"] - T5_FIRST_WORD  # type: ignore[operator]
     return [T5_FIRST_WORD + one % words for one in ids[:-1]] + [T5_END]
 

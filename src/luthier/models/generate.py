@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
 from luthier.models.base import BaseModel
@@ -51,7 +51,11 @@ def generate(
     results: list[list[int]] = [[] for _ in prompts]
     for rows in batches_by_length(prompts, batch_rows):
         chunk = [list(prompts[i]) for i in rows]
-        decode = _decode_padded if not base.packs else _decode_beams if decoding.beams > 1 else _decode_packed
+        decode = _decode_padded
+        if base.packs:
+            decode = _decode_beams if decoding.beams > 1 else _decode_packed
+        elif base.encoder_decoder and decoding.beams == 1 and not base.grafts.prefixes_of(range(1), ()):
+            decode = _decode_encoded
         with standing_still():
             for place, ids in decode(base, chunk, max_new_tokens, set(stop), decoding, [numbers[i] for i in rows]):
                 results[rows[place]] = ids
@@ -85,6 +89,42 @@ def _decode_packed(
             cache.keep(rows)
             tokens, alive = tokens[rows], [alive[place] for place in keep]
         states = decode_step(base, cache, tokens)
+    for row in alive:
+        yield row, written[row]
+
+
+def _decode_encoded(
+    base: BaseModel, prompts: list[list[int]], new_tokens: int, stop: set[int], decoding: Decoding, numbers: list[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """One token a row and step of an encoder-decoder: all rows stand at the same place, so only finished ones make a difference."""
+    packed = Packed(
+        torch.tensor([token for row in prompts for token in row], device=base.device), tuple(map(len, prompts))
+    )
+    encoded, mask = base.encode(packed, ())
+    cache = EncoderDecoderCache(DynamicCache(config=base.config), DynamicCache(config=base.config))
+    choose = Chooser(decoding, numbers)
+    alive = list(range(len(prompts)))
+    written: list[list[int]] = [[] for _ in prompts]
+    tokens = torch.full((len(prompts),), base.decoder_start, device=base.device)
+    for _ in range(new_tokens):
+        states = base.model.get_decoder()(
+            input_ids=tokens[:, None], encoder_hidden_states=encoded, encoder_attention_mask=mask,
+            past_key_values=cache, use_cache=True,
+        ).last_hidden_state[:, -1]  # fmt: skip
+        tokens = choose(base.logits(states), alive)
+        keep = [place for place, token in enumerate(tokens.tolist()) if token not in stop]
+        for row, token in zip(alive, tokens.tolist(), strict=True):
+            if token in stop:
+                yield row, written[row]
+            else:
+                written[row].append(token)
+        if not keep:
+            return
+        if len(keep) < len(alive):
+            rows = torch.tensor(keep, device=base.device)
+            cache.batch_select_indices(rows)
+            encoded, mask, tokens = encoded[rows], mask[rows], tokens[rows]
+            alive = [alive[place] for place in keep]
     for row in alive:
         yield row, written[row]
 
@@ -189,7 +229,7 @@ def _own_generate(base: BaseModel, **options: Any) -> Tensor:
 def _decode_padded(
     base: BaseModel, prompts: list[list[int]], new_tokens: int, stop: set[int], decoding: Decoding, numbers: list[int]
 ) -> Iterator[tuple[int, list[int]]]:
-    """Decode through transformers' own generate: encoder-decoders, and families that do not pack."""
+    """Decode through transformers' own generate: families that do not pack, and encoder-decoders with beams or prefixes."""
     packed = Packed(
         torch.tensor([token for row in prompts for token in row], device=base.device), tuple(map(len, prompts))
     )
