@@ -25,7 +25,9 @@ from luthier.training.settings import TrainingSettings
 
 Ask = Callable[[Together], list[str]]
 each_method = pytest.mark.parametrize("method", ["lora", "full", "prompt_tuning"])
-each_family = pytest.mark.parametrize("family", ["llama", "t5"])
+# Smooth ones: at a ReLU's kink the gradient jumps where weights differ by a rounding (seen with plain T5: losses equal to 1e-6, one
+# step's norm 0.2 % apart).
+each_family = pytest.mark.parametrize("family", ["llama", "t5-gated"])
 
 
 @pytest.fixture(scope="module")
