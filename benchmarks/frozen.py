@@ -4,7 +4,7 @@
 
 `third`: LoRA on the upper third of the default base. `decoder`: LoRA on q and v of the decoder of a model of flan-t5-small's
 shape (random weights). Both sides train the same steps on the same rows, turn about; tokens a second of an epoch in which
-the states are there. The bound is the ratio of the floating-point operations that each side's first step makes.
+the states are there. The bound is the ratio of the floating-point operations of the matrix products that each side's first step makes.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from torch.utils.flop_counter import FlopCounterMode
 from training.jobs import write_t5
+from training.profile import Products
 
 from luthier.encoding.order import Shuffled, step_rows
 from luthier.encoding.stored import stored_rows
@@ -33,7 +33,7 @@ from luthier.training.settings import TrainingSettings
 from luthier.tuning import LoRA, attach, detach
 
 SMOLLM2 = "smollm2-135m-instruct"
-BATCH = 8
+BATCH, VOCABULARY = 8, 49_152  # of the tokenizer
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = SMOLLM2
     if given.job == "decoder":
         model = str(folder / "t5")
-        write_t5(folder / "t5", embedded_folder(SMOLLM2))
+        write_t5(folder / "t5", embedded_folder(SMOLLM2), VOCABULARY)
     recipe = make_recipe({
         "base": {"model": model}, "task": {**_task(), "train": {**_task()["train"], "limit": given.rows}},
         "tunings": ["lora"], "retention": [],
@@ -76,9 +76,9 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
             used = rows if side == "rows" else frozen_rows(base, "t", rows, print)
             if side not in operations:
                 base.use("t")
-                with FlopCounterMode(display=False) as counter:
+                with Products() as products:
                     accumulate(base, step_rows(Shuffled(used, 0), BATCH, 0), settings.token_budget(base.device.type))
-                operations[side] = counter.get_total_flops()
+                operations[side] = products.flops
                 detach(base, "t")
                 attach(base, "t", method, 0)
             with tempfile.TemporaryDirectory() as out:

@@ -129,13 +129,13 @@ def read_rows(path: Path) -> tuple[list[Row], list[Row]]:
     return training, held
 
 
-def write_t5(folder: Path, tokenizer: Path) -> None:
-    """Save a T5 of flan-t5-small's shape with random weights, and a tokenizer that nobody asks for ids."""
+def write_t5(folder: Path, tokenizer: Path, vocabulary: int | None = None) -> None:
+    """Save a T5 of flan-t5-small's shape with random weights, and a tokenizer; its ids need a `vocabulary` of their own."""
     import torch
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(SEED)
-    model = T5ForConditionalGeneration(T5Config(**T5_SMALL))
+    model = T5ForConditionalGeneration(T5Config(**T5_SMALL | ({"vocab_size": vocabulary} if vocabulary else {})))
     with torch.no_grad():  # logits of about unit size, as a trained model's are at first sight of a text
         model.lm_head.weight.mul_(model.config.d_model**-0.5)
     model.save_pretrained(folder)

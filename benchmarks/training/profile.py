@@ -27,6 +27,7 @@ def _attention(query: Any, key: Any, value: Any, *_: Any) -> int:
 PRODUCTS = {
     aten.mm: lambda a, b, *_: 2 * a.shape[0] * a.shape[1] * b.shape[1],
     aten.addmm: lambda _, a, b, *__: 2 * a.shape[0] * a.shape[1] * b.shape[1],
+    aten.addmm_: lambda _, a, b, *__: 2 * a.shape[0] * a.shape[1] * b.shape[1],
     aten.bmm: lambda a, b, *_: 2 * math.prod(a.shape) * b.shape[2],
     aten.baddbmm: lambda _, a, b, *__: 2 * math.prod(a.shape) * b.shape[2],
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -52,7 +53,7 @@ class Products(TorchDispatchMode):
         self.seconds += time.perf_counter() - started
         flops = count(*args)
         self.flops += flops
-        if func.overloadpacket in (aten.mm, aten.addmm):
+        if func.overloadpacket in (aten.mm, aten.addmm, aten.addmm_):
             a, b = args[-2:] if func.overloadpacket is aten.mm else args[1:3]
             self.shapes[_typical(a.shape[0]), _typical(a.shape[1]), _typical(b.shape[1])] += flops
         return found
