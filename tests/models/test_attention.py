@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from tests.tiny import DEVICE
 
-from luthier.models.attention import _as_one_call, _mask, _together, packed_attention
+from luthier.models.attention import _as_one_call, _by_lengths, _mask, _together, packed_attention
 from luthier.models.packing import Packing
 from luthier.models.written_out import attend_written_out
 
@@ -21,6 +22,44 @@ def test_one_padded_call_equals_a_call_for_each_row() -> None:
     apart = run(lambda q, k, v: packed_attention(None, q, k, v, scaling=0.3, packing=packing)[0])
     for found, expected in zip(together, apart, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="the kernel that takes lengths runs on CUDA (LUTHIER_TEST_DEVICE=cuda)")
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("lengths", [(3, 70, 1, 54), (128,)])
+def test_the_kernel_that_takes_lengths_equals_a_call_for_each_row(lengths: tuple[int, ...], window: int | None) -> None:
+    """In bfloat16, against float32: within what 8 bits of mantissa leave."""
+    packing = Packing(lengths)
+    inputs = [
+        torch.randn(1, heads, 128, 64, device=DEVICE, dtype=torch.bfloat16).requires_grad_() for heads in (4, 2, 2)
+    ]
+    upstream = torch.randn(1, 128, 4, 64, device=DEVICE, dtype=torch.bfloat16)
+    assert _by_lengths(packing, "cuda", torch.bfloat16, None, 0.0)
+
+    def run(dtype):
+        out, _ = packed_attention(
+            None, *(one.to(dtype) for one in inputs), scaling=0.1, packing=packing, sliding_window=window
+        )
+        return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
+
+    for found, expected in zip(run(torch.bfloat16), run(torch.float32), strict=True):
+        torch.testing.assert_close(found.float(), expected.float(), atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("packing", "where", "dtype", "softcap", "dropout", "expected"),
+    [
+        (Packing((5, 6)), "cuda", torch.bfloat16, None, 0.0, True),
+        (Packing((11,)), "cuda", torch.float16, None, 0.0, True),
+        (Packing((5, 6)), "cuda", torch.float32, None, 0.0, False),
+        (Packing((5, 6)), "cpu", torch.bfloat16, None, 0.0, False),
+        (Packing((5, 6)), "cuda", torch.bfloat16, 2.0, 0.0, False),
+        (Packing((5, 6)), "cuda", torch.bfloat16, None, 0.1, False),
+        (Packing((5, 6), ((), (2, 2))), "cuda", torch.bfloat16, None, 0.0, False),
+    ],
+)
+def test_when_the_kernel_takes_lengths(packing, where, dtype, softcap, dropout, expected) -> None:
+    assert _by_lengths(packing, where, dtype, softcap, dropout) == expected
 
 
 @pytest.mark.parametrize("packing", [Packing((3, 7, 6)), Packing((3, 13), ((), (4, 5, 1)))], ids=["rows", "forked"])

@@ -5,6 +5,8 @@ leak in and no padded token is ever computed; what rows begin with alike may sta
 serves decoding, where every row has its keys and values in a `RowCache`.
 """
 
+import inspect
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,9 +16,16 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from luthier.models.packing import Packing, Piece
+from luthier.models.padded_rows import padded, unpadded
 from luthier.models.written_out import attend_written_out
 
 NAME = "luthier_packed"
+
+_varlen_attn: Any = None
+with suppress(ImportError):  # PyTorch before 2.10
+    from torch.nn.attention.varlen import varlen_attn as _varlen_attn
+# Heads share key heads in any version; later ones ask whether that is meant.
+_GROUPED = {"enable_gqa": True} if _varlen_attn and "enable_gqa" in inspect.signature(_varlen_attn).parameters else {}
 
 # An accelerator runs rows as one padded call, which costs fewer launches than a call a row, unless padding more than doubles them.
 _MOST_PADDED = 2
@@ -48,6 +57,8 @@ def packed_attention(
         out = _attend_cached(query, key, value, scale, softcap, sliding_window, packing)
         return out.transpose(1, 2), None
     where = stands_for.get() if query.is_meta else query.device.type
+    if _by_lengths(packing, where, query.dtype, softcap, dropout):
+        return _at_lengths(query, key, value, packing, scale, sliding_window), None
     if _as_one_call(packing, where, softcap, sliding_window):
         return _together(query, key, value, packing, scale, dropout), None
     longest = max((piece.seen for piece in packing.pieces), default=0)
@@ -71,6 +82,24 @@ def packed_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
+def _by_lengths(packing: Packing, where: str, dtype: torch.dtype, softcap: float | None, dropout: float) -> bool:
+    """Whether the kernel that takes the rows' lengths can run them: plain rows in 16 bits on CUDA."""
+    if _varlen_attn is None or where != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return not (any(packing.branches) or packing.prefixes or softcap is not None or dropout)
+
+
+def _at_lengths(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None
+) -> Tensor:
+    """All rows in one call, nothing padded; (1, T, H, d)."""
+    ends, longest = packing.ends(query.device), max(packing.lengths)
+    flat = [one[0].transpose(0, 1) for one in (query, key, value)]
+    behind = -1 if window is None else window - 1
+    out: Tensor = _varlen_attn(*flat, ends, ends, longest, longest, scale=scale, window_size=(behind, 0), **_GROUPED)
+    return out[None]
+
+
 def _as_one_call(packing: Packing, where: str, softcap: float | None, window: int | None) -> bool:
     """Whether all rows are attended in one padded call: plain causal rows of about one length on an accelerator."""
     rows, longest = len(packing.lengths), max(packing.lengths)
@@ -81,13 +110,13 @@ def _as_one_call(packing: Packing, where: str, softcap: float | None, window: in
 
 def _together(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, dropout: float) -> Tensor:
     """All rows in one call of the fused kernel, padded at their ends; (1, T, H, d)."""
-    take, back = packing.padded(query.device)
+    layout, rows = packing.padded(query.device), len(packing.lengths)
 
-    def rows(one: Tensor) -> Tensor:  # (1, H, T, d) to (rows, H, longest, d)
-        return one[0].index_select(1, take).unflatten(1, (len(packing.lengths), -1)).transpose(0, 1)
+    def heads(one: Tensor) -> Tensor:  # (1, H, T, d) to (rows, H, longest, d)
+        return padded(one[0].transpose(0, 1), layout).unflatten(0, (rows, -1)).transpose(1, 2)
 
-    out = _fused(rows(query), rows(key), rows(value), scale, dropout)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, back)[None]
+    out = _fused(heads(query), heads(key), heads(value), scale, dropout)
+    return unpadded(out.transpose(1, 2).flatten(0, 1), layout)[None]
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from luthier.models.padded_rows import Layout
 from luthier.models.prefix import Prefixes
 
 
@@ -106,19 +107,20 @@ class Packing:
     cache: RowCache | None = None
     prefixes: Prefixes | None = None
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
-    indices: tuple[Tensor, Tensor] | None = None
+    layout: Layout | None = None
+    stops: Tensor | None = None
 
-    def padded(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Where the rows' tokens stand once padded at their ends: (rows * longest,) to take, and (T,) to take back."""
-        if self.indices is None:
-            lengths, longest = torch.tensor(self.lengths), max(self.lengths)
-            places = torch.arange(longest)
-            starts = lengths.cumsum(0) - lengths
-            # Padding repeats a row's last token: causal attention never looks behind a query.
-            take = (starts[:, None] + torch.minimum(places[None, :], lengths[:, None] - 1)).flatten()
-            back = torch.nonzero((places[None, :] < lengths[:, None]).flatten())[:, 0]
-            self.indices = take.to(device), back.to(device)
-        return self.indices
+    def padded(self, device: torch.device) -> Layout:
+        """Where the rows' tokens stand once padded at their ends."""
+        if self.layout is None:
+            self.layout = Layout.of(self.lengths, device)
+        return self.layout
+
+    def ends(self, device: torch.device) -> Tensor:
+        """Where each row ends, behind a zero: (rows + 1,) int32."""
+        if self.stops is None:
+            self.stops = torch.tensor([0, *self.lengths]).cumsum(0, dtype=torch.int32).to(device)
+        return self.stops
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
