@@ -69,7 +69,7 @@ def write_adapter(folder: Path, dtype: str, model: str) -> None:
     from luthier.models.base import BaseModel
     from luthier.models.load import BaseSpec
     from luthier.tuning import LoRA, attach, parameters
-    from luthier.tuning.files import pack
+    from luthier.tuning.files import save_tuning
 
     base = BaseModel.load(BaseSpec(model=model, dtype=dtype))  # type: ignore[arg-type]
     attach(base, "lora", LoRA(rank=8), SEED)
@@ -77,8 +77,7 @@ def write_adapter(folder: Path, dtype: str, model: str) -> None:
     with torch.no_grad():
         for parameter in parameters(base, "lora").values():
             parameter.add_(torch.randn(parameter.shape, generator=draw) * 1e-3)
-    for name, content in pack(base, "lora").items():
-        (folder / name).write_bytes(content)
+    save_tuning(base, "lora", folder)
 
 
 def ours(prompts: list[list[int]], stops: list[int], new_tokens: int, adapter: Path, dtype: str, model: str) -> Any:

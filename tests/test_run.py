@@ -15,6 +15,7 @@ import yaml
 
 import luthier.evaluation.score
 import luthier.files
+import luthier.snapshots
 import luthier.stage
 from luthier import repeated
 from luthier.cli import app
@@ -350,13 +351,13 @@ def test_a_full_disk_leaves_the_last_whole_state(
         write(handle)
 
     monkeypatch.setattr(luthier.files.os, "fsync", fsync)
-    save = luthier.directory.RunDirectory.save_tuning
+    save = luthier.snapshots.save_tuning
 
     def fill_then_save(*arguments):
         full[0] = True
         return save(*arguments)
 
-    monkeypatch.setattr(luthier.directory.RunDirectory, "save_tuning", fill_then_save)
+    monkeypatch.setattr(luthier.snapshots, "save_tuning", fill_then_save)
     with pytest.raises(UserError, match=r"could not be written: No space left on device.*--resume"):
         run(recipe, out, isolate=False)
     assert not list(out.rglob("*.safetensors-*")), "a partial file was left"

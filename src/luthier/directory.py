@@ -5,7 +5,8 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -135,20 +136,17 @@ class RunDirectory:
         if self.writes:
             write_whole(self.log(name), "".join(json.dumps(event) + "\n" for event in history).encode())
 
-    def save_tuning(self, name: str, files: dict[str, bytes]) -> int:
-        """Write a tuning's files as one: the folder appears whole or not at all. Returns its bytes."""
-        if self.writes:
-            self._write_tuning(name, files)
-        return sum(map(len, files.values()))
-
-    def _write_tuning(self, name: str, files: dict[str, bytes]) -> None:
+    @contextmanager
+    def new_tuning(self, name: str) -> Iterator[Path]:
+        """A folder for a tuning's files, which are there together afterwards, in the place of older ones, or not at all."""
         target = self.path / "tunings" / name
         partial = target.with_name(f".{name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        for file, content in files.items():
-            write_whole(partial / file, content)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
+        if self.writes:
+            shutil.rmtree(partial, ignore_errors=True)
+        yield partial
+        if self.writes:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
 
     def save_result(self, name: str, result: dict[str, Any]) -> None:
         """Write what a stage found; with this file the stage is done."""

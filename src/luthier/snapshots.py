@@ -6,7 +6,7 @@ from typing import Any
 from luthier.scoring import Stage, score_retention, score_tasks
 from luthier.training.loop import Hook
 from luthier.tuning import detach
-from luthier.tuning.files import load_tuning, pack
+from luthier.tuning.files import load_tuning, save_tuning
 
 
 def snapshot_steps(steps: int, count: int) -> list[int]:
@@ -24,9 +24,15 @@ def keep_snapshots(stage: Stage, name: str, steps: Sequence[int]) -> Hook:
 
     def keep(event: dict[str, Any]) -> None:
         if event["step"] in steps and "norm" in event:
-            stage.directory.save_tuning(snapshot_name(name, event["step"]), pack(stage.base, name))
+            keep_tuning(stage, name, snapshot_name(name, event["step"]))
 
     return keep
+
+
+def keep_tuning(stage: Stage, name: str, saved: str) -> int:
+    """Save an attached tuning in the run as `saved`; return its files' bytes (0 on ranks that write nothing)."""
+    with stage.directory.new_tuning(saved) as folder:
+        return save_tuning(stage.base, name, folder, stage.directory.writes)
 
 
 def score_snapshots(stage: Stage, name: str, steps: Sequence[int], reserve: int) -> list[dict[str, Any]]:

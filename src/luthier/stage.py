@@ -34,7 +34,7 @@ from luthier.scoring import (
     validate,
     validation_examples,
 )
-from luthier.snapshots import keep_snapshots, score_snapshots, snapshot_steps
+from luthier.snapshots import keep_snapshots, keep_tuning, score_snapshots, snapshot_steps
 from luthier.training.frozen_rows import frozen_rows
 from luthier.training.log import log_hooks, tracker_hooks
 from luthier.training.loop import Hook, out_of_memory, train
@@ -43,7 +43,7 @@ from luthier.training.ranks import ALONE, Ranks
 from luthier.training.settings import TrainingSettings
 from luthier.training_rows import training_rows
 from luthier.tuning import Interpolation, Method, Prompting, attach, parameters
-from luthier.tuning.files import load_tuning, pack
+from luthier.tuning.files import load_tuning
 
 EXIT_INTERRUPTED, EXIT_PEER = 3, 4
 
@@ -154,7 +154,7 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
         trained = {
             "method": method.method,
             "trainable_parameters": sum(parameter.numel() for parameter in parameters(base, name).values()),
-            "file_bytes": directory.save_tuning(name, pack(base, name, directory.writes)),
+            "file_bytes": keep_tuning(stage, name, name),
             "train_seconds": done.seconds,
             "train_tokens": done.tokens,
             "steps": done.step,
@@ -198,7 +198,7 @@ def _interpolation(stage: Stage, name: str, method: Interpolation) -> dict[str, 
     return {
         **trained,
         "method": method.method,
-        "file_bytes": directory.save_tuning(name, pack(base, name, directory.writes)),
+        "file_bytes": keep_tuning(stage, name, name),
         "peak_memory_bytes": peak_bytes(),
         "validation_loss": kept.loss if kept else None,
         "validation_accuracy": kept.accuracy if kept else None,

@@ -26,7 +26,7 @@ METHOD_CASES: dict[str, Method] = {
     "prefix_tuning": PrefixTuning(length=3, init="vocabulary"),
     "ia3": IA3(),
 }
-# Other settings, fp32, on families where they differ.
+# Other settings, on families where they differ.
 VARIANTS: dict[str, tuple[Method, tuple[str, ...]]] = {
     "selective-last-block": (Selective(targets="last-1-block"), ("llama", "gpt2", "t5")),
     "selective-bias": (Selective(targets="bias"), ("gpt2", "qwen2", "opt")),
@@ -73,7 +73,8 @@ def _cases(dtypes: tuple[torch.dtype, ...], keep: Callable[[Method], bool] = lam
         if keep(method)
     ]
     found += [
-        pytest.param(Case(family, method), id=f"{name}-{family}-fp32")
+        pytest.param(Case(family, method, dtype), id=f"{name}-{family}-{short[dtype]}")
+        for dtype in dtypes
         for name, (method, families) in VARIANTS.items()
         for family in families
         if keep(method)

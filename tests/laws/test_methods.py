@@ -35,7 +35,7 @@ from luthier.models.loss import label_scores
 from luthier.training.loop import accumulate, train
 from luthier.training.settings import TrainingSettings
 from luthier.tuning import METHODS, Full, LoRA, PrefixTuning, PromptTuning, attach, detach, parameters
-from luthier.tuning.files import load_tuning, pack
+from luthier.tuning.files import load_tuning, save_tuning
 
 
 def make_rows(base: BaseModel, count: int = 6, seed: int = 0) -> list[Encoded]:
@@ -134,9 +134,7 @@ def test_save_and_load_restore_the_bits(case: Case, tmp_path: Path) -> None:
     disturb(base, "t")
     base.use("t")
     expected = scores(base, rows)
-    files = pack(base, "t")
-    for file, content in files.items():
-        (tmp_path / file).write_bytes(content)
+    save_tuning(base, "t", tmp_path)
     fresh = tiny.make(case.family, case.dtype)
     load_tuning(fresh, tmp_path, "again")
     if case.method.saved() == case.method:
@@ -144,8 +142,9 @@ def test_save_and_load_restore_the_bits(case: Case, tmp_path: Path) -> None:
             assert torch.equal(parameter, parameters(base, "t")[key])
     fresh.use("again")
     assert torch.equal(scores(fresh, rows), expected)
-    again = pack(fresh, "again")
-    assert again["adapter_model.safetensors"] == files["adapter_model.safetensors"]
+    size, weights_file = save_tuning(fresh, "again", tmp_path / "again"), "adapter_model.safetensors"
+    assert (tmp_path / "again" / weights_file).read_bytes() == (tmp_path / weights_file).read_bytes()
+    assert size == sum(file.stat().st_size for file in (tmp_path / "again").iterdir())
     card = json.loads((tmp_path / "luthier.json").read_text())
     assert card["parameters"] == sum(parameter.numel() for parameter in parameters(base, "t").values())
 

@@ -18,7 +18,7 @@ from luthier.models.quantize import QuantizedLinear
 from luthier.training.loop import train
 from luthier.training.settings import TrainingSettings
 from luthier.tuning import LoRA, Method, PromptTuning, attach, detach, parameters
-from luthier.tuning.files import load_tuning, pack
+from luthier.tuning.files import load_tuning, save_tuning
 
 METHODS: dict[str, Method] = {"lora": LoRA(rank=2, alpha=4), "prompt_tuning": PromptTuning(length=3, init="vocabulary")}
 
@@ -87,8 +87,7 @@ def test_save_and_load_restore_the_bits_on_either_storage(family: str, method: s
     attach(base, "t", METHODS[method], seed=5)
     disturb(base, "t")
     base.use("t")
-    for file, content in pack(base, "t").items():
-        (tmp_path / file).write_bytes(content)
+    save_tuning(base, "t", tmp_path)
     assert '"quantized": true' in (tmp_path / "luthier.json").read_text()
     again, plain = tiny.make(family, quantize="nf4"), tiny.make(family)
     for other in (again, plain):
@@ -123,8 +122,7 @@ def test_every_other_method_keeps_the_laws(method: str, family: str, tmp_path: P
     assert len(still) <= len(start) // 4, f"owned but never moved: {still}"
     base.use("t")
     trained = scores(base, rows)
-    for file, content in pack(base, "t").items():
-        (tmp_path / file).write_bytes(content)
+    save_tuning(base, "t", tmp_path)
     again = tiny.make(family, quantize="nf4")
     load_tuning(again, tmp_path, "t")
     again.use("t")

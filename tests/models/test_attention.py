@@ -24,7 +24,9 @@ def test_one_padded_call_equals_a_call_for_each_row() -> None:
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.skipif(str(DEVICE) != "cuda", reason="the kernel that takes lengths runs on CUDA (LUTHIER_TEST_DEVICE=cuda)")
+@pytest.mark.skipif(
+    str(DEVICE) != "cuda", reason="the kernel that takes lengths runs on CUDA (LUTHIER_TEST_DEVICE=cuda)"
+)
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("lengths", [(3, 70, 1, 54), (128,)])
 def test_the_kernel_that_takes_lengths_equals_a_call_for_each_row(lengths: tuple[int, ...], window: int | None) -> None:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load, load_file
+from safetensors.torch import load_file
 from tests import tiny
 from tests.logits import all_logits
 from tests.merged import merged_copy
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from luthier.models.base import BaseModel
-from luthier.tuning.files import load_tuning, pack
+from luthier.tuning.files import load_tuning, save_tuning
 
 # PEFT pads and sums in another order, which shows where logits reach 25.
 TOLERANCE = {"llama": 1e-5, "llama_gqa": 1e-5, "t5": 1e-5, "t5_v1_1": 1e-4}
@@ -70,14 +70,14 @@ def test_logits_equal_pefts(shared: Path, name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", BASES)
-def test_written_again_it_is_pefts_file(shared: Path, name: str, kind: str) -> None:
+def test_written_again_it_is_pefts_file(shared: Path, tmp_path: Path, name: str, kind: str) -> None:
     folder = shared / "gold" / "peft" / name / kind
     if not folder.is_dir():
         pytest.skip(f"{name} has no {kind}: its head is tied")
     base = load_base(shared / "gold" / "peft", name)
     load_tuning(base, folder, "t")
-    files = pack(base, "t")
-    ours, theirs = load(files["adapter_model.safetensors"]), load_file(folder / "adapter_model.safetensors")
+    save_tuning(base, "t", tmp_path)
+    ours, theirs = load_file(tmp_path / "adapter_model.safetensors"), load_file(folder / "adapter_model.safetensors")
     assert {key: one.shape for key, one in ours.items()} == {key: one.shape for key, one in theirs.items()}
     for key, tensor in theirs.items():
         if base.encoder_decoder and kind.startswith("prefix"):  # a pair that no layer reads is not kept
@@ -85,7 +85,7 @@ def test_written_again_it_is_pefts_file(shared: Path, name: str, kind: str) -> N
         if base.encoder_decoder and kind == "prompt_tuning":  # the second half is never read
             tensor[8:] = tensor[:8]
         assert torch.equal(ours[key], tensor)
-    said, config = json.loads(files["adapter_config.json"]), json.loads((folder / "adapter_config.json").read_text())
+    said, config = (json.loads((one / "adapter_config.json").read_text()) for one in (tmp_path, folder))
     same = {"peft_type", "task_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
     same |= {"num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim", "num_transformer_submodules"}
     assert {key: said[key] for key in same & said.keys()} == {key: config[key] for key in same & said.keys()}

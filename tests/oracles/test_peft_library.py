@@ -11,7 +11,7 @@ from tests.logits import all_logits
 
 from luthier.models.base import BaseModel
 from luthier.tuning import IA3, LoRA, Method, PrefixTuning, PromptTuning, Selective, attach, parameters
-from luthier.tuning.files import load_tuning, pack
+from luthier.tuning.files import load_tuning, save_tuning
 
 peft = pytest.importorskip("peft")
 
@@ -120,8 +120,7 @@ def test_peft_opens_ours(family: str, kind: str, tmp_path: Path) -> None:
         for parameter in parameters(base, "t").values():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     base.use("t")
-    for file, content in pack(base, "t").items():
-        (tmp_path / file).write_bytes(content)
+    save_tuning(base, "t", tmp_path)
     opened = peft.PeftModel.from_pretrained(plain, tmp_path)
     in_double(base, opened)
     ours, pefts = all_logits(base, inputs, ones), peft_logits(opened.eval(), inputs, base.encoder_decoder)
@@ -166,8 +165,7 @@ def test_what_is_saved_whole_has_no_product_beside_it(modules: list[str], tmp_pa
         for parameter in parameters(base, "t").values():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     base.use("t")
-    for file, content in pack(base, "t").items():
-        (tmp_path / file).write_bytes(content)
+    save_tuning(base, "t", tmp_path)
     opened = peft.PeftModel.from_pretrained(plain, tmp_path)
     in_double(base, opened)
     ours = all_logits(base, inputs, ones)

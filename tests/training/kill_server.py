@@ -27,9 +27,10 @@ from luthier.data.task import Task
 from luthier.encoding.batches import collate
 from luthier.encoding.encoder import Encoder
 from luthier.encoding.order import Mixed, Shuffled, Stream, Streamed
+from luthier.models import tensor_file
 from luthier.models.base import BaseModel
 from luthier.models.loss import label_scores
-from luthier.training import checkpoint, loop
+from luthier.training import loop
 from luthier.training.checkpoint import Progress
 from luthier.training.optimizer import Optimizer
 from luthier.training.settings import TrainingSettings
@@ -81,7 +82,7 @@ def child(trial: Trial, folder: Path, told: int, halt_in_write: int) -> None:
 
     loop.Optimizer = Kept
     if halt_in_write:
-        checkpoint.save_file = halting(checkpoint.save_file, told, halt_in_write)
+        tensor_file.stream = halting(tensor_file.stream, told, halt_in_write)
     progress = loop.train(
         base, "t", stream_of(base, trial.rows, folder), SETTINGS, 3, folder,
         # Nearness to a loss that is passed on the way: the best is not the last.
@@ -92,14 +93,14 @@ def child(trial: Trial, folder: Path, told: int, halt_in_write: int) -> None:
     os._exit(0)
 
 
-def halting(save_file, told: int, at: int):
+def halting(stream, told: int, at: int):
     """The `at`-th checkpoint of this process is written by half; there it waits for its end."""
     count = 0
 
-    def save(tensors, path, metadata) -> None:
+    def save(path, tensors, metadata) -> None:
         nonlocal count
         count += 1
-        save_file(tensors, path, metadata=metadata)
+        stream(path, tensors, metadata)
         if count == at:
             os.truncate(path, Path(path).stat().st_size // 2)
             os.write(told, b"w")

@@ -20,9 +20,9 @@ from luthier.encoding.order import Mixed, Shuffled
 from luthier.errors import Interrupted, UserError
 from luthier.launched import Launched
 from luthier.models.shard import shard
+from luthier.models.tensor_file import write_tensors
 from luthier.scoring import loss_of
 from luthier.stage import run_stage
-from luthier.training.checkpoint import write_tensors
 from luthier.training.loop import Validation, train
 from luthier.training.ranks import ALONE, Ranks
 from luthier.training.settings import TrainingSettings

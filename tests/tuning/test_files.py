@@ -13,15 +13,14 @@ from luthier.errors import UserError
 from luthier.models.batch import Segment
 from luthier.models.loss import label_scores
 from luthier.tuning import LoRA, PrefixTuning, PromptTuning, attach, detach, parameters
-from luthier.tuning.files import load_tuning, pack
+from luthier.tuning.files import load_tuning, save_tuning
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     base = tiny.make("llama")
     attach(base, "t", LoRA(rank=2))
-    for file, content in pack(base, "t").items():
-        (tmp_path / file).write_bytes(content)
+    save_tuning(base, "t", tmp_path)
     return tmp_path
 
 
@@ -148,8 +147,7 @@ def test_an_adapter_of_pefts_for_another_shape_of_base_is_refused(folder: Path) 
 def test_a_prefix_of_pefts_for_other_heads_is_refused(tmp_path: Path) -> None:
     base = tiny.make("llama")
     attach(base, "t", PrefixTuning(length=2))
-    for file, content in pack(base, "t").items():
-        (tmp_path / file).write_bytes(content)
+    save_tuning(base, "t", tmp_path)
     (tmp_path / "luthier.json").unlink()
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))

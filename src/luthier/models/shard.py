@@ -94,16 +94,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_on_cpu(tensors: Mapping[str, Tensor], keeps: bool) -> dict[str, Tensor]:
-    """Tensors as files hold them. Divided ones are gathered, one after another: all ranks call this, and one `keeps` them."""
-    found = {}
-    for key, tensor in tensors.items():
-        gathered = whole(tensor.detach())
-        if keeps:
-            found[key] = gathered.cpu().contiguous()
-    return found
-
-
 def divided_like(part: Tensor, like: Tensor) -> Tensor:
     """This rank's `part` as the divided tensor of which `like` is one; itself where `like` is not divided."""
     if not isinstance(like, DTensor) or part.shape != like.to_local().shape:

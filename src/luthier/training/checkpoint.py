@@ -2,20 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from luthier.files import whole_file
-from luthier.models.shard import is_divided, read_parts, whole
-
-# Names in safetensors' format.
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
+from luthier.models.shard import read_parts
+from luthier.models.tensor_file import write_tensors
 
 
 @dataclass
@@ -48,40 +43,6 @@ def write_checkpoint(
     if torch.cuda.is_available():
         tensors["generator.cuda"] = torch.cuda.get_rng_state()
     write_tensors(path, tensors, {"progress": json.dumps(asdict(progress))}, writes)
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None, writes: bool = True
-) -> None:
-    """Write tensors as a whole safetensors file, divided ones gathered: all ranks call this, and one `writes`."""
-    if any(is_divided(tensor) for tensor in tensors.values()):
-        with whole_file(path) if writes else nullcontext() as partial:
-            _write_gathered(partial, tensors, metadata)
-    elif writes:
-        flat = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        with whole_file(path) as partial:
-            save_file(flat, partial, metadata=metadata)
-
-
-def _write_gathered(path: Path | None, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> None:
-    """The file that `save_file` would write, of which no rank ever holds more than one tensor; None: gather only."""
-    header: dict[str, Any] = {"__metadata__": metadata or {}}
-    order = sorted(tensors, key=lambda key: -tensors[key].element_size())  # so that every tensor is aligned
-    start = 0
-    for key in order:
-        tensor = tensors[key]
-        stop = start + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
-        start = stop
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") if path else nullcontext() as file:
-        if file:
-            file.write(len(text).to_bytes(8, "little") + text)
-        for key in order:
-            gathered = whole(tensors[key].detach())
-            if file:
-                file.write(gathered.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read_checkpoint(

@@ -20,7 +20,8 @@ from luthier.models.base import BaseModel
 from luthier.models.loss import loss_sum
 from luthier.models.recompute import recomputed
 from luthier.models.shard import inside, locals_of, read_parts
-from luthier.training.checkpoint import Progress, read_checkpoint, write_checkpoint, write_tensors
+from luthier.models.tensor_file import write_tensors
+from luthier.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from luthier.training.loss_scale import first_scale, grown
 from luthier.training.optimizer import Optimizer
 from luthier.training.ranks import ALONE, Ranks

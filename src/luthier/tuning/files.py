@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from luthier.errors import UserError
+from luthier.files import write_whole
 from luthier.models.base import BaseModel
-from luthier.models.shard import whole_on_cpu
+from luthier.models.tensor_file import write_tensors
 from luthier.tuning import METHODS
 from luthier.tuning.method import Method, attach, detach, parameters
 from luthier.tuning.peft import check_types, task_type
@@ -42,15 +43,15 @@ class _Card:
 _CARD = TypeAdapter(_Card)
 
 
-def pack(base: BaseModel, name: str, writes: bool = True) -> dict[str, bytes]:
-    """The files of an attached tuning, by name, as bytes.
+def save_tuning(base: BaseModel, name: str, folder: Path, writes: bool = True) -> int:
+    """Write an attached tuning's files into `folder`; return their bytes.
 
-    Of a base that is divided over ranks all call this, and one `writes` what it gets; the others get nothing.
+    Of a base that is divided over ranks all call this, and one `writes`. Raises UserError where the disk is full.
     """
     method: Method = base.methods[name]
-    tensors = whole_on_cpu(method.to_file(base, name), writes)
+    write_tensors(folder / WEIGHTS, method.to_file(base, name), {"format": "pt"}, writes)
     if not writes:
-        return {}
+        return 0
     card = {
         "luthier": 1,
         "settings": asdict(method.saved()),  # type: ignore[call-overload]
@@ -62,10 +63,11 @@ def pack(base: BaseModel, name: str, writes: bool = True) -> dict[str, bytes]:
         },
         "parameters": sum(parameter.numel() for parameter in parameters(base, name).values()),
     }
-    files = {WEIGHTS: save(tensors, metadata={"format": "pt"}), CARD: _json(card)}
-    if config := method.peft_config(base, name):
-        files[CONFIG] = _json(config)
-    return files
+    texts = {CARD: card, CONFIG: method.peft_config(base, name)}
+    files = [WEIGHTS, *(file for file, text in texts.items() if text)]
+    for file in files[1:]:
+        write_whole(folder / file, _json(texts[file]))
+    return sum((folder / file).stat().st_size for file in files)
 
 
 def load_tuning(base: BaseModel, folder: Path, name: str) -> None:
