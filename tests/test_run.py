@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import luthier.evaluation.score
 import luthier.files
 import luthier.snapshots
 import luthier.stage
+import luthier.training.loop
 from luthier import repeated
 from luthier.cli import app
 from luthier.errors import UserError
@@ -369,6 +372,22 @@ def test_a_full_disk_leaves_the_last_whole_state(
     assert report.tunings["lora"].file_bytes > 0
 
 
+def test_out_of_memory_is_told_with_the_plans_advice(
+    content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(luthier.training.loop, "loss_sum", full)
+    content["tunings"] = {"full": {}}
+    with pytest.raises(UserError, match="ran out of memory") as caught:
+        run(make_recipe(content), tmp_path / "out", isolate=False)
+    said = str(caught.value)
+    assert re.search(r"The plan of 'full' is [\d.]+ GB in training", said)
+    assert "--set training.gradient_checkpointing=true" in said and "--set tunings.full.method=lora" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unwritable_place_is_refused(content: dict, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not be written|is a file"):
@@ -678,7 +697,9 @@ def test_scoring_that_was_killed_goes_on_where_it_stopped(
     content["tunings"] = {"zero_shot": {}, "lora": {"rank": 2}}
     content["task"]["test"] = 12
     content["decoding"] = {"temperature": 1.5, "seed": 7}
-    monkeypatch.setattr("luthier.evaluation.score.batches_by_length", lambda prompts: batches_by_length(prompts, 4))
+    monkeypatch.setattr(
+        "luthier.evaluation.score.batches_by_length", lambda prompts, device: batches_by_length(prompts, 4)
+    )
     run(make_recipe(content), tmp_path / "whole", isolate=False)
     asked: list[list[int]] = []
     real = luthier.evaluation.score.generate

@@ -12,6 +12,10 @@ class UserError(ValueError):
     """
 
 
+class MemoryRanOut(UserError):
+    """What was asked for does not fit into this machine's memory."""
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop; the state was saved and ``--resume`` continues it."""
 

@@ -11,19 +11,20 @@ from luthier.audit_rows import audit, stop_on_errors
 from luthier.data.shots import needs_similar
 from luthier.data.task import Task
 from luthier.directory import RunDirectory
-from luthier.errors import Interrupted, UserError
+from luthier.errors import Interrupted, MemoryRanOut, UserError
 from luthier.evaluation.human import human_score
 from luthier.launched import LOOK, WORD, Failure, Launched, launched
 from luthier.metrics import METRICS, metric
 from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
 from luthier.models.shard import check_shard
-from luthier.plan import TuningPlan, plan
+from luthier.plan import TuningPlan, advised, plan
 from luthier.prompt_search import candidates
 from luthier.recipe import BASELINE, Recipe
 from luthier.report.build import build_report
 from luthier.report.files import write_report
 from luthier.report.schema import Report
+from luthier.stage import EXIT_MEMORY, explained_memory, run_stage
 from luthier.training.loop import check_ranks
 from luthier.training.own_hooks import own_hooks
 from luthier.tuning import BestTemplate, FewShot, Interpolation, Method, attach, detach
@@ -118,12 +119,14 @@ def _run_one(directory: RunDirectory, name: str, isolate: bool, process: Launche
         if isolate or process:
             _in_own_process(directory, name, process)
         else:
-            from luthier.stage import run_stage
-
-            run_stage(directory, name)
-    except UserError:
+            with explained_memory(name):
+                run_stage(directory, name)
+    except UserError as error:
+        advice = advised(directory.recipe(), name) if isinstance(error, MemoryRanOut) and name != BASELINE else ""
         if not directory.started():
             directory.remove()  # nothing was found yet: leave no half-written run behind
+        if advice:
+            raise UserError(f"{error}\n{advice}") from None
         raise
 
 
@@ -154,12 +157,15 @@ def _in_own_process(directory: RunDirectory, name: str, process: Launched | None
     message.unlink(missing_ok=True)
     if process:
         raise process.fail(_reason(code, name, process.rank, bool(stopped))).error()
+    if code == EXIT_MEMORY:
+        raise MemoryRanOut(said)
     if code == 2:
         raise UserError(said)
     if said or stopped:
         raise Interrupted(said or f"{name!r} was stopped before it had begun.")
-    if code < 0:
-        raise UserError(_killed(code, f"The process of {name!r}"))
+    if code < 0:  # SIGKILL is what the system sends where its memory ran out
+        kind = MemoryRanOut if -code == signal.SIGKILL else UserError
+        raise kind(_killed(code, f"The process of {name!r}"))
     raise RuntimeError(f"the stage {name!r} failed with exit code {code}; see the traceback above")
 
 

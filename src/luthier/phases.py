@@ -5,12 +5,12 @@ validation rows, answering fills the cache of the longest prompts. All run the c
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from luthier.encoding.batches import collate
@@ -25,11 +25,13 @@ from luthier.models.ledger import Ledger
 from luthier.models.loss import label_scores, loss_sum
 from luthier.models.quantize import QuantizedLinear
 from luthier.models.recompute import recomputed
-from luthier.training.optimizer import master_bytes, state_bytes
+from luthier.training.optimizer import Kind, Optimizer, bucket_keys, master_bytes, state_bytes
 from luthier.training.settings import TrainingSettings
 from luthier.work import Work
 
 FEW = 2
+# The system reads so much of a mapped file at a time (Linux's fault-around).
+WINDOW = 1 << 16
 # On a CPU, what libraries hold from their first use on, their code, tables and buffers: after reading a base, after training
 # one of almost no weights (docs/planning.md).
 READING, PROCESS = 40_000_000, 80_000_000
@@ -42,9 +44,22 @@ def new_ledger() -> Ledger:
     return Ledger(Heap() if stands_for.get() == "cpu" else None)
 
 
-def loading(base: BaseModel, stored: torch.dtype) -> Counter[str]:
+def hold_embedding(base: BaseModel, stored: torch.dtype, words: Collection[int] | None, ledger: Ledger) -> None:
+    """Count a frozen embedding as the rows that `words` bring into memory, where it is mapped from the file and no head reads it."""
+    weight = getattr(base.embedding, "weight", None)
+    head = getattr(base.model.get_output_embeddings(), "weight", None)
+    frozen = any(weight is one for one in base.grafts.originals.values())
+    copied = stored != base.dtype or base.quantized or stands_for.get() != "cpu"
+    if words is None or copied or not frozen or head is weight or not isinstance(base.embedding, nn.Embedding):
+        return
+    row, size, count = weight.shape[1] * weight.itemsize, weight.itemsize, weight.numel()
+    seen = {place for word in words for place in (word * row // WINDOW, ((word + 1) * row - 1) // WINDOW)}
+    seen |= {sample * (count // 64) * size // WINDOW for sample in range(64)}  # for the fingerprint
+    ledger.hold([weight], "weights", min(count * size, len(seen) * WINDOW))
+
+
+def loading(base: BaseModel, stored: torch.dtype, ledger: Ledger) -> Counter[str]:
     """Reading maps the file of the weights; what is in another precision, or packed into 4 bits, is copied from there."""
-    ledger = Ledger()
     _hold_weights(base, {}, ledger)
     packed = _packed(base)
     mapped = sum(one.numel() for one in base.grafts.originals.values()) * stored.itemsize
@@ -54,41 +69,58 @@ def loading(base: BaseModel, stored: torch.dtype) -> Counter[str]:
 
 def training(
     base: BaseModel, owned: Owned, work: Work, settings: TrainingSettings, ledger: Ledger
-) -> tuple[Counter[str], int, list[Tensor]]:
+) -> tuple[Counter[str], int, list[Any]]:
     """The step with the largest micro-batch, behind another one.
 
-    Also returns the operations of its products, and the optimizer's tensors: who drops them says how long they are there.
+    Also returns the operations of its products, and the optimizer: who drops it says how long its tensors are there.
     """
     hooks = [
         one.register_post_accumulate_grad_hook(lambda done: ledger.hold([done.grad], "gradients"))
         for one in owned.values()
     ]
+    ledger.sums = {(owned[key].shape, owned[key].dtype) for key in owned if len(base.grafts.slots.get(key, ())) > 1}
     with ledger:
         _hold_weights(base, owned, ledger)
         ledger.restart()
-        counts = (
-            count for one in owned.values() for count in (master_bytes(one), *state_bytes(one, settings.optimizer))
-        )
-        states = [_made(ledger, count) for count in counts if count]
+        ledger.part = "optimizer states"
+        optimizer = _DryOptimizer(owned, settings.optimizer)
         _accumulate(base, [work.earlier], settings, ledger)
-        _forget(owned)
+        optimizer.step(ledger)
         ledger.work = []
         _accumulate(base, work.largest, settings, ledger)
-        _forget(owned)
+        products = sum(products for products, _ in ledger.work)
+        optimizer.step(ledger)
     for hook in hooks:
         hook.remove()
-    return _seen(ledger), sum(products for products, _ in ledger.work), states
+    return _seen(ledger), products, [optimizer]
 
 
-def _made(ledger: Ledger, count: int) -> Tensor:
-    """An optimizer's tensor of so many bytes."""
-    ledger.part = "optimizer states"
+class _DryOptimizer:
+    """What an optimizer holds and makes: Adafactor itself; of those that are one kernel, which asks for a device, the tensors."""
+
+    def __init__(self, owned: Owned, kind: Kind):
+        self.owned = owned
+        self.real = Optimizer(owned, 0.0, kind) if kind == "adafactor" else None
+        counts = (count for one in owned.values() for count in (master_bytes(one), *state_bytes(one, kind)))
+        self.states = [_bytes(count) for count in counts if count and not self.real]
+
+    def step(self, ledger: Ledger) -> None:
+        """Step, and let go of the gradients."""
+        ledger.part = "optimizer states"
+        if self.real:
+            self.real.step(1.0, 1.0)
+            return
+        for keys in bucket_keys(self.owned):
+            copies = []  # in fp32, of a bucket's gradients in 16 bits
+            for key in keys:
+                if (gradient := self.owned[key].grad) is not None:
+                    copies.append(gradient.float())
+                    self.owned[key].grad = None
+            del copies
+
+
+def _bytes(count: int) -> Tensor:
     return torch.empty(count, dtype=torch.uint8, device="meta")
-
-
-def _forget(owned: Owned) -> None:
-    for parameter in owned.values():
-        parameter.grad = None
 
 
 def _accumulate(
@@ -103,11 +135,13 @@ def _accumulate(
 
 
 def interpolating(base: BaseModel, owned: Owned, change: Callable[[], None], ledger: Ledger) -> Counter[str]:
-    """Taking a tuning's weights back towards the base's, which is what `change` does."""
+    """Reading a tuning's file, and taking its weights back towards the base's, which is what `change` does."""
     with ledger:
         _hold_weights(base, owned, ledger)
         ledger.restart()
         ledger.part = "workspace"
+        file = _bytes(sum(one.numel() * one.itemsize for one in owned.values()))
+        del file
         change()
     return _seen(ledger)
 

@@ -71,6 +71,21 @@ def plan(recipe: Recipe, available: int | None = None) -> dict[str, TuningPlan]:
     return {name: _plan(recipe, name, room) for name in recipe.tunings}
 
 
+def advised(recipe: Recipe, name: str) -> str:
+    """The settings that lower a tuning's peak, for whom memory ran out; empty where the base's code does not run dry."""
+    try:
+        found = _plan(recipe, name, room=0)
+    except Exception:  # who ran out of memory is to read that
+        return ""
+    if not found.choices:
+        return ""
+    lines = [f"  --set {one.change}: {one.peak_bytes / 1e9:.2f} GB" for one in found.choices]
+    return (
+        f"The plan of {name!r} is {found.peak_bytes / 1e9:.2f} GB in {found.phase}. What lowers it (`luthier plan`):\n"
+        + "\n".join(lines)
+    )
+
+
 def available_bytes() -> int:
     """Memory that is free now: the accelerator's, else the machine's."""
     if torch.cuda.is_available():
@@ -175,11 +190,14 @@ def _once(recipe: Recipe, name: str, work: Work | None = None) -> tuple[TuningPl
         owned = parameters(base, name)
     work = work or Work.of(recipe, name, base)
     products = 0
-    states: list[Tensor] = []  # of the optimizer: there until the last validation, which may write answers
+    states: list[Any] = []  # of the optimizer: there until the last validation, which may write answers
     watched = bool(work.largest) and settings.watch not in ("loss", "accuracy")
     with dry_run(base, device):
         ledger = phases.new_ledger()
-        counted = {"loading": phases.loading(base, stored_dtype(recipe.base))}
+        stored, reading = stored_dtype(recipe.base), phases.new_ledger()
+        for one in (reading, ledger):
+            phases.hold_embedding(base, stored, work.words, one)
+        counted = {"loading": phases.loading(base, stored, reading)}
         if isinstance(method, Interpolation) and isinstance(grafted, Method):
             change = partial(grafted.toward_base, base, name, method.share)
             counted["interpolating"] = phases.interpolating(base, owned, change, ledger)
@@ -220,4 +238,4 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * 512**3 / best
 
 
-__all__ = ["Choice", "TuningPlan", "available_bytes", "matrix_rate", "plan"]
+__all__ = ["Choice", "TuningPlan", "advised", "available_bytes", "matrix_rate", "plan"]

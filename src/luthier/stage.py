@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from luthier.directory import RunDirectory
-from luthier.errors import Interrupted, UserError
+from luthier.errors import Interrupted, MemoryRanOut, UserError
 from luthier.launched import WORD, Failure, Launched, launched
 from luthier.models.base import BaseModel
 from luthier.models.load import resolve_device
@@ -45,7 +45,7 @@ from luthier.training_rows import training_rows
 from luthier.tuning import Interpolation, Method, Prompting, attach, parameters
 from luthier.tuning.files import load_tuning
 
-EXIT_INTERRUPTED, EXIT_PEER = 3, 4
+EXIT_INTERRUPTED, EXIT_PEER, EXIT_MEMORY = 3, 4, 5
 
 
 def run_stage(
@@ -233,6 +233,8 @@ def main(path: str, name: str) -> int:
             run_stage(directory, name, lambda: bool(asked), process)
     except (UserError, Interrupted) as error:
         code = 2 if isinstance(error, UserError) else EXIT_INTERRUPTED
+        if isinstance(error, MemoryRanOut) and not process:
+            code = EXIT_MEMORY
         if process:
             process.fail(Failure(code, str(error)))
         else:
@@ -254,9 +256,9 @@ def explained_memory(name: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        raise UserError(
+        raise MemoryRanOut(
             f"Memory ran out in {name!r}, outside a training step ({str(error).splitlines()[0]}). Quantize the base, lower "
-            "`max_length`, take `optimizer: adafactor` or a method with fewer parameters; `luthier plan` says what each needs. "
+            "`max_length`, take `optimizer: adafactor` or a method with fewer parameters. "
             "What was saved is kept: continue with --resume."
         ) from None
 

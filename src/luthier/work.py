@@ -11,7 +11,7 @@ from luthier.encoding.encoder import Encoded, Encoder, cut_middle
 from luthier.encoding.order import step_rows
 from luthier.evaluation.score import EVALUATION_TOKENS
 from luthier.models.base import BaseModel
-from luthier.models.generate import BATCH_ROWS
+from luthier.models.generate import batches_by_length
 from luthier.models.load import resolve_device
 from luthier.recipe import AnyMethod, Recipe
 from luthier.training_rows import training_rows
@@ -36,6 +36,7 @@ class Work:
     validation: list[Encoded]
     prompts: list[list[int]]
     new_tokens: int
+    words: frozenset[int] | None  # the token ids of all rows; None where not all were looked at
 
     @classmethod
     def of(cls, recipe: Recipe, name: str, base: BaseModel) -> Self:
@@ -46,24 +47,43 @@ class Work:
         reserve = grafted.virtual_tokens() if isinstance(grafted, Method) else 0
         steps: list[list[Encoded]] = []
         tokens, said = 0, ""
+        words: set[int] | None = set()
         if isinstance(method, Method):
-            steps, tokens, said = _training(recipe, name, tasks, encoder, reserve, not base.packs)
+            steps, tokens, said, words = _training(recipe, name, tasks, encoder, reserve, not base.packs)
         chosen = recipe.tunings[method.of if isinstance(method, Interpolation) else name].tasks
         held = [one for task, each in tasks if not chosen or task.name in chosen for one in each.validation[:LOOKED_AT]]
         extra = _shots(method, tasks, encoder)
         if extra:
             encoder = encoder.widened(base.context)
             extra = min(extra, encoder.max_length)
+        rows = encode_all(encoder, held, reserve)
         groups = micro_batches(
-            [_longer(row, extra, encoder.max_length) for row in encode_all(encoder, held, reserve)],
+            [_longer(row, extra, encoder.max_length) for row in rows],
             EVALUATION_TOKENS,
             padded=not base.packs,
         )
         apart = isinstance(method, FewShot) and method.selection == "similar"
+        device = resolve_device(recipe.base.device).type
         prompts, new_tokens = _prompts(tasks, encoder, reserve, extra, apart)
+        if words is not None:
+            words.update(_words(rows))
+            words.update(token for prompt in prompts for token in prompt)
         return cls(
-            steps[0] if steps else [], steps[1:], tokens, said, max(groups, key=_size, default=[]), prompts, new_tokens
+            earlier=steps[0] if steps else [],
+            largest=steps[1:],
+            tokens=tokens,
+            said=said,
+            validation=max(groups, key=_size, default=[]),
+            prompts=[prompts[place] for place in batches_by_length(prompts, device=device)[0]] if prompts else [],
+            new_tokens=new_tokens,
+            words=None
+            if words is None or (isinstance(method, FewShot) and method.selection == "similar")
+            else frozenset(words),
         )
+
+
+def _words(rows: Sequence[Encoded]) -> set[int]:
+    return {token for row in rows for token in (*row.prompt, *row.target)}
 
 
 def _size(group: Sequence[Encoded]) -> tuple[int, int]:
@@ -72,8 +92,9 @@ def _size(group: Sequence[Encoded]) -> tuple[int, int]:
 
 def _training(
     recipe: Recipe, name: str, tasks: list[tuple[Task, Examples]], encoder: Encoder, reserve: int, padded: bool
-) -> tuple[list[list[Encoded]], int, str]:
-    """Of the training rows an earlier micro-batch, and those of the step with the largest; their tokens; which rows they are.
+) -> tuple[list[list[Encoded]], int, str, set[int] | None]:
+    """Of the training rows an earlier micro-batch, and those of the step with the largest; their tokens; which rows they are;
+    their token ids.
 
     Where there are too many or they are streamed, of rows of `max_length`.
     """
@@ -86,23 +107,27 @@ def _training(
         worst: list[list[Encoded]] = []
         earlier: list[Encoded] = []
         tokens = 0
+        words: set[int] = set()
         cost = lambda group: (len(group) * len(group[0]) if padded else 0, *_size(group))  # noqa: E731
         for step in range(looked_at):
             groups = micro_batches(step_rows(stream, settings.batch_size, step), budget, padded)
             tokens += sum(len(row) for group in groups for row in group)
+            for group in groups:
+                words |= _words(group)
             if not worst or max(map(cost, groups)) > max(map(cost, worst)):
                 worst, earlier = groups, earlier if not worst else max(worst, key=cost)
             elif not earlier:
                 earlier = max(groups, key=cost)
         behind = [max(worst[1:], key=cost)] if worst[1:] else []
-        return [earlier or worst[0], worst[0], *behind], tokens * steps // looked_at, "the training rows"
+        known = words if looked_at == steps else None
+        return [earlier or worst[0], worst[0], *behind], tokens * steps // looked_at, "the training rows", known
     target = max(1, encoder.max_length // 4)
     prompt = encoder.max_length - (0 if encoder.encoder_decoder else target)
     rows = [Encoded("longest", [0] * prompt, [0] * target)] * settings.batch_size
     groups = micro_batches(rows, budget, padded)
     steps = settings.steps(sum(len(each.train) for _, each in tasks if each.stream is None) or settings.batch_size)
     said = f"rows of max_length ({encoder.max_length} tokens)"
-    return [groups[0], *groups[:2]], steps * sum(map(len, rows)), said
+    return [groups[0], *groups[:2]], steps * sum(map(len, rows)), said, None
 
 
 def _shots(method: AnyMethod, tasks: list[tuple[Task, Examples]], encoder: Encoder) -> int:
@@ -121,7 +146,7 @@ def _longer(row: Encoded, extra: int, limit: int) -> Encoded:
 def _prompts(
     tasks: list[tuple[Task, Examples]], encoder: Encoder, reserve: int, extra: int, apart: bool
 ) -> tuple[list[list[int]], int]:
-    """The longest prompts that are answered together, and the most tokens that are written behind them.
+    """The prompts, and the most tokens that are written behind them.
 
     The shots stand before them, the same for all and so computed once; or each row has its own (`apart`).
     """
@@ -134,4 +159,4 @@ def _prompts(
             shots = [0] * extra if not apart else [place] * extra
             found.append(cut_middle([*shots, *encoder.prompt_ids(one)], room))
         most = max(most, task.max_new_tokens)
-    return sorted(found, key=len, reverse=True)[:BATCH_ROWS], most
+    return found, most

@@ -117,7 +117,9 @@ def test_answers_keep_the_order_given(family: str) -> None:
 def test_answers_that_were_known_are_not_computed_again(
     family: str, choices: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("luthier.evaluation.score.batches_by_length", lambda prompts: batches_by_length(prompts, 4))
+    monkeypatch.setattr(
+        "luthier.evaluation.score.batches_by_length", lambda prompts, device: batches_by_length(prompts, 4)
+    )
     monkeypatch.setattr("luthier.evaluation.score.EVALUATION_TOKENS", 60)
     base, rows = tiny.make(family), examples(11, choices)
     encoder, warm = encoder_of(base), Decoding(temperature=1.5)

@@ -9,11 +9,20 @@ from tests import tiny
 from luthier.encoding.batches import collate
 from luthier.encoding.encoder import Encoded
 from luthier.models.decoding import Decoding, narrowed
-from luthier.models.generate import generate
+from luthier.models.generate import batches_by_length, generate
 from luthier.tuning import IA3, Bottleneck, LoRA, PrefixTuning, PromptTuning, Selective, attach, parameters
 from luthier.tuning.dora import DoRA
 
 FAMILIES = tiny.DECODERS + tiny.UNPACKED + tiny.ENCODER_DECODERS + tiny.ABSOLUTE
+
+
+def test_an_accelerator_decodes_more_short_prompts_together() -> None:
+    prompts = [[0] * length for length in (*range(100, 400), 2000, 3000)]
+    for device, sizes in {"cpu": [32] * 9 + [14], "cuda": [32, 88, 116, 66]}.items():
+        batches = batches_by_length(prompts, device=device)
+        assert [len(batch) for batch in batches] == sizes
+        order = [place for batch in batches for place in batch]
+        assert [len(prompts[place]) for place in order] == sorted(map(len, prompts), reverse=True)
 
 
 def prompts_for(top: int, count: int = 7) -> list[list[int]]:

@@ -17,17 +17,27 @@ from luthier.models.packing import Packing, RowCache
 from luthier.models.padding import pad_left
 from luthier.models.prefix import Prefixes
 
-# Rows decoded together.
-BATCH_ROWS = 32
+# Rows decoded together; on an accelerator, which so few do not fill, more of them while they hold no more than these tokens.
+BATCH_ROWS, MOST_ROWS, ACCELERATOR_TOKENS = 32, 128, 32_768
 
 GREEDY = Decoding()
 NO_TOKEN = 2**31 - 1  # for an empty list transformers would put its own default
 
 
-def batches_by_length(prompts: Sequence[Sequence[int]], batch_rows: int = BATCH_ROWS) -> list[list[int]]:
-    """Which prompts are decoded together: neighbours in length, the longest first."""
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    return [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
+def batches_by_length(
+    prompts: Sequence[Sequence[int]], batch_rows: int | None = None, device: str = "cpu"
+) -> list[list[int]]:
+    """Which prompts are decoded together, `batch_rows` or what suits the device: neighbours in length, the longest first."""
+    batches: list[list[int]] = []
+    room = 0
+    for place in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        if not room:
+            batches.append([])
+            fits = 0 if device == "cpu" else ACCELERATOR_TOKENS // max(1, len(prompts[place]))
+            room = batch_rows or max(BATCH_ROWS, min(MOST_ROWS, fits))
+        batches[-1].append(place)
+        room -= 1
+    return batches
 
 
 @torch.no_grad()
@@ -36,7 +46,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     stop: Sequence[int],
-    batch_rows: int = BATCH_ROWS,
+    batch_rows: int | None = None,
     on_finished: Callable[[int, list[int]], None] | None = None,
     decoding: Decoding = GREEDY,
     places: Sequence[int] | None = None,
@@ -49,7 +59,7 @@ def generate(
     """
     numbers = range(len(prompts)) if places is None else places
     results: list[list[int]] = [[] for _ in prompts]
-    for rows in batches_by_length(prompts, batch_rows):
+    for rows in batches_by_length(prompts, batch_rows, base.device.type):
         chunk = [list(prompts[i]) for i in rows]
         decode = _decode_padded
         if base.packs:

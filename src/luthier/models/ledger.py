@@ -37,12 +37,13 @@ class Ledger(TorchDispatchMode):
         self.at_peak: Counter[str] = Counter()
         self.peak = self._total = self.held = 0  # held: bytes that were there before
         self._made = self._peak_at = 0  # tensors so far, and when the peak was
+        self.sums: set[tuple[torch.Size, torch.dtype]] = set()  # of the weights that stand in several places
         self.work: list[tuple[int, int]] = []  # of each operation: floating-point operations in products, bytes moved
         # Of each storage: part, bytes, its place in the heap, its number.
         self._known: dict[Any, tuple[str, int, Place | None, int]] = {}
 
-    def hold(self, tensors: Iterable[Tensor | None], part: str) -> None:
-        """Count tensors that exist already under `part`, also those that were counted under another."""
+    def hold(self, tensors: Iterable[Tensor | None], part: str, size: int | None = None) -> None:
+        """Count tensors that exist already under `part`, also those that were counted under another; `size` is what each holds."""
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -55,8 +56,9 @@ class Ledger(TorchDispatchMode):
                     count[part] += known[1]
                 self._known[key] = (part, *known[1:])
             else:
-                self.held += storage.nbytes()
-                self._add(key, storage.nbytes(), part, None)
+                held = storage.nbytes() if size is None else size
+                self.held += held
+                self._add(key, held, part, None)
 
     def restart(self) -> None:
         """Count the peak and the work from here on."""
@@ -69,6 +71,8 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in _QUESTIONS and args[0].is_meta:
             return _QUESTIONS[func](args[0])
+        if func is aten.add.Tensor and self._is_second_gradient(*args[:2]):
+            func = aten.add_.Tensor
         out = func(*args, **kwargs)
         found = _tensors((out,))
         fresh = sum(self._note(tensor) for tensor in found)
@@ -82,6 +86,12 @@ class Ledger(TorchDispatchMode):
             moved = sum(one.numel() * one.dtype.itemsize for one in (*_tensors(args), *found))
             self.work.append((products, moved))
         return out
+
+    def _is_second_gradient(self, one: Any, other: Any) -> bool:
+        """Whether a sum is that of the gradients of a weight's two places: PyTorch adds in place there, unless it is watched."""
+        if torch.is_grad_enabled() or not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+            return False
+        return one.shape == other.shape and (one.shape, one.dtype) in self.sums
 
     def _note(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()

@@ -13,7 +13,7 @@ import torch
 from luthier.encoding.batches import collate, micro_batches
 from luthier.encoding.encoder import Encoded
 from luthier.encoding.order import Stream, step_rows
-from luthier.errors import Interrupted, UserError
+from luthier.errors import Interrupted, MemoryRanOut, UserError
 from luthier.files import remove_partial
 from luthier.models.allocator import give_back_freed_memory
 from luthier.models.base import BaseModel
@@ -181,7 +181,7 @@ def _gradients(
                         raise
                     smaller = progress.micro_batch_tokens // 2
                     if not settings.halve_out_of_memory or smaller < SMALLEST_BUDGET:
-                        raise UserError(_advice(name, rows, progress.micro_batch_tokens, settings)) from None
+                        raise MemoryRanOut(_advice(name, rows, progress.micro_batch_tokens, settings)) from None
                 progress.micro_batch_tokens = smaller
                 tell({"step": progress.step + 1, "micro_batch_tokens": smaller})
                 for parameter in parameters(base, name).values():

@@ -72,6 +72,19 @@ def state_bytes(parameter: Tensor, kind: Kind) -> list[int]:
     return [4, count, count, blocks, blocks] if count >= 4096 else [4, 4 * count, 4 * count]
 
 
+def bucket_keys(parameters: Mapping[str, Tensor]) -> list[list[str]]:
+    """Which parameters are stepped together."""
+    buckets: list[list[str]] = []
+    held = 0
+    for key, one in parameters.items():
+        if not buckets or held + one.numel() > BUCKET:
+            buckets.append([])
+            held = 0
+        buckets[-1].append(key)
+        held += one.numel()
+    return buckets
+
+
 class Optimizer:
     """Steps the parameters of one tuning and can write down and restore all it knows.
 
@@ -93,7 +106,7 @@ class Optimizer:
             key: own if own.dtype == torch.float32 else own.detach().float() for key, own in self._own.items()
         }
         self._decay, self._factors = weight_decay, factors or {}
-        self.buckets = [(keys, OPTIMIZERS[kind](self._groups(keys))) for keys in self._bucket_keys()]
+        self.buckets = [(keys, OPTIMIZERS[kind](self._groups(keys))) for keys in bucket_keys(self.masters)]
         self._of = {key: made for keys, made in self.buckets for key in keys}
 
     def step(self, rate: float, clip: float, loss_scale: float = 1.0) -> float:
@@ -156,17 +169,6 @@ class Optimizer:
     def _is_matrix(self, key: str) -> bool:
         last = key.removesuffix(".weight").rpartition(".")[2]
         return self.masters[key].ndim >= 2 and key not in ("prompt_embeddings", "embedding") and "bias" not in last
-
-    def _bucket_keys(self) -> list[list[str]]:
-        buckets: list[list[str]] = []
-        held = 0
-        for key, master in self.masters.items():
-            if not buckets or held + master.numel() > BUCKET:
-                buckets.append([])
-                held = 0
-            buckets[-1].append(key)
-            held += master.numel()
-        return buckets
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that decides the next step, by a stable key: the part, a slash, the parameter's key."""
