@@ -1,7 +1,7 @@
 """Training: Luthier against TRL and transformers' Trainer with PEFT, the same rows, ids, steps, batch and learning rate.
 
     python benchmarks/train.py [--job lora] [--data FOLDER_WITH_DIALOGSUM] [--rows 96] [--repeats 3] [--dtype auto]
-                               [--device cpu] [--json OUT.json]
+                               [--ways 'batch 1, batch 2 grouped'] [--device cpu] [--json OUT.json]
     python benchmarks/train.py --job lora --profile
 
 Each measurement is a process of its own: the whole train call timed (useful tokens, prompt and completion, a second), the
@@ -87,7 +87,8 @@ class Bench:
         preloaded = self.repeated("luthier", replace(AS_INSTALLED, tcmalloc=True)) if len(self.modes) > 1 else None
         results = []
         for side in self.peers():
-            every = [replace(way, tcmalloc=mode) for way in ways(side, read_rows(self.rows)[0]) for mode in self.modes]
+            layouts = [way for way in ways(side, read_rows(self.rows)[0]) if way == AS_INSTALLED or self.asked(way)]
+            every = [replace(way, tcmalloc=mode) for way in layouts for mode in self.modes]
             tried = {way: found for way in every if (found := self.measure(side, way))}
             if not tried:
                 continue
@@ -98,6 +99,10 @@ class Bench:
                     theirs = self.repeated(side, way, tried[way])
                     results.append(self.said(entry(self.given.job, name, theirs, mine, preloaded), best=way == best))
         return results or [self.said(entry(self.given.job, None, None, mine, preloaded))]
+
+    def asked(self, way: Way) -> bool:
+        """Whether a way is to be tried."""
+        return self.given.ways is None or str(way) in [one.strip() for one in self.given.ways.split(",")]
 
     def peers(self) -> list[str]:
         """The peers of the job, or those asked for."""
@@ -171,6 +176,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", help="of the job's peers, these (comma-separated; empty: none)")
+    parser.add_argument(
+        "--ways", help="beside as installed try only these, comma-separated: batch 1, batch 2 grouped, packed 1024 ..."
+    )
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--profile", action="store_true", help="Luthier alone: its matrix products")

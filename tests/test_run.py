@@ -379,6 +379,7 @@ def test_out_of_memory_is_told_with_the_plans_advice(
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(luthier.training.loop, "loss_sum", full)
+    monkeypatch.setattr("luthier.plan.WORTH", 1.0)  # beside what libraries hold, all of a tiny model is little
     content["tunings"] = {"full": {}}
     with pytest.raises(UserError, match="ran out of memory") as caught:
         run(make_recipe(content), tmp_path / "out", isolate=False)

@@ -77,13 +77,11 @@ def advised(recipe: Recipe, name: str) -> str:
         found = _plan(recipe, name, room=0)
     except Exception:  # who ran out of memory is to read that
         return ""
+    said = f"The plan of {name!r} is {found.peak_bytes / 1e9:.2f} GB in {found.phase}"
     if not found.choices:
-        return ""
+        return f"{said}, and no setting lowers it."
     lines = [f"  --set {one.change}: {one.peak_bytes / 1e9:.2f} GB" for one in found.choices]
-    return (
-        f"The plan of {name!r} is {found.peak_bytes / 1e9:.2f} GB in {found.phase}. What lowers it (`luthier plan`):\n"
-        + "\n".join(lines)
-    )
+    return "\n".join([f"{said}. What lowers it (`luthier plan`):", *lines])
 
 
 def available_bytes() -> int:

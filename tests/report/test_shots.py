@@ -7,7 +7,7 @@ from tests.report.reports import rich, score, tuning
 
 from luthier.report.markdown import markdown
 from luthier.report.page import page
-from luthier.report.schema import Report, Shots
+from luthier.report.schema import Report, RunReport, Shots
 from luthier.report.shots import break_even_table, shots_chart, shots_table
 
 
@@ -72,3 +72,28 @@ def test_a_curve_needs_three_points(count: int) -> None:
     made = rich(("zero_shot",))
     made.tunings |= {f"few{n}": few(0.3, n, "random", 300.0 * n) for n in range(1, count + 1)}
     assert bool(shots_chart(made)) == (count == 2)
+
+
+def test_of_several_runs_each_has_its_curve_and_its_best_prompt() -> None:
+    one, other = report(), report()
+    for name in ("eight", "near", "lora"):
+        other.tunings.pop(name)
+    tunings = {
+        f"{run}/{name}": each.model_copy(update={"run": run})
+        for run, made in (("small", one), ("large", other))
+        for name, each in made.tunings.items()
+    }
+    runs = [
+        RunReport(name=run, paths=[run], seeds=[0], base=one.base, recipe=one.recipe, environment={}, part=part)
+        for part, run in enumerate(("small", "large"))
+    ]
+    both = one.model_copy(update={"tunings": tunings, "runs": runs})
+    rows = [[cell.text for cell in row[:3]] for row in shots_table(both).rows]
+    assert rows == [
+        ["large", "0", "-"], ["large", "2", "random"],
+        ["small", "0", "-"], ["small", "2", "random"], ["small", "8", "random"], ["small", "8", "similar"],
+    ]  # fmt: skip
+    assert "small random" in shots_chart(both) and "large random" in shots_chart(both)
+    held = {row[0].text: row[3].text for row in break_even_table(both).rows}
+    assert held == {"small/soft": "1400", "small/lora": "1400", "large/soft": "510"}
+    assert page(both).count("Score by number of shots") == 2, "runs on other test examples stand apart"

@@ -59,7 +59,14 @@ def markdown(report: Report) -> str:
             for _, part in parts(report)
         ),
         *((f"The mixture of {name}", "", table) for name, table in mixture_tables(report).items()),
-        ("Examples in the prompt", "Of several draws of the examples, the mean and its spread.", shots_table(report)),
+        *(
+            (
+                _of("Examples in the prompt", name),
+                "Of several draws of the examples, the mean and its spread.",
+                shots_table(part),
+            )
+            for name, part in parts(report)
+        ),
         (
             "When a tuning pays for itself",
             "Against the best prompt with shots; a trained token counts as three read ones.",

@@ -23,6 +23,7 @@ TRAINED_TOKEN = 3  # a trained token in read ones
 class Shown:
     """The tunings that show as many examples, chosen alike; their draws of the examples differ."""
 
+    run: str  # of several
     selection: str
     asked: int
     tunings: list[TuningReport]
@@ -43,23 +44,22 @@ class Shown:
 
 
 def shown(report: Report) -> list[Shown]:
-    """Prompting by selection and number of shots, zero first; empty where no examples are shown, and over several runs."""
-    if len(report.runs) > 1:
-        return []
-    groups: dict[tuple[str, int], list[TuningReport]] = {}
+    """Prompting by run, selection and number of shots, zero first; of the runs that show examples."""
+    groups: dict[tuple[str, str, int], list[TuningReport]] = {}
     for one in report.tunings.values():
+        run = one.run or "" if len(report.runs) > 1 else ""
         if one.method == "few_shot":
-            groups.setdefault((str(one.settings.get("selection", "random")), one.shots.asked), []).append(one)
+            groups.setdefault((run, str(one.settings.get("selection", "random")), one.shots.asked), []).append(one)
         elif one.method == "zero_shot":
-            groups.setdefault(("", 0), []).append(one)
-    if set(groups) <= {("", 0)}:
-        return []
-    return [Shown(*key, groups[key]) for key in sorted(groups)]
+            groups.setdefault((run, "", 0), []).append(one)
+    show = {run for run, _, asked in groups if asked}
+    return [Shown(*key, groups[key]) for key in sorted(groups) if key[0] in show]
 
 
 def shots_table(report: Report) -> Table:
     """The score of each number of shots: with its interval, of several draws their mean and standard deviation."""
     rows = []
+    several = len(report.runs) > 1
     for one in shown(report):
         values = one.values(report)
         score = score_cell(one.tunings[0].scores[report.task][report.metric], report.metric)
@@ -68,6 +68,7 @@ def shots_table(report: Report) -> Table:
             score = Cell(figure(mean(values), report.metric), f"sd {spread} over draws", mean(values))
         rows.append(
             (
+                *([Cell(one.run)] if several else []),
                 Cell(str(one.asked), value=one.asked),
                 Cell(one.selection or "-"),
                 Cell(str(len(values)), value=len(values)),
@@ -76,18 +77,22 @@ def shots_table(report: Report) -> Table:
                 Cell(f"{one.prompt_tokens:.0f}", value=one.prompt_tokens),
             )
         )
-    return Table("shots", ("shots", "selection", "draws", report.metric, "held", "tokens a request"), tuple(rows))
+    columns = ("shots", "selection", "draws", report.metric, "held", "tokens a request")
+    return Table("shots", ("run", *columns) if several else columns, tuple(rows))
 
 
 def shots_chart(report: Report) -> str:
-    """The score against the shots that prompts hold, a line for each selection; empty for fewer than three points."""
+    """The score against the shots that prompts hold, a line for each run and selection; empty for fewer than three points."""
     found = shown(report)
     scale = reading(report.metric).scale
     point = lambda one: (one.held, mean(one.values(report)) * scale)  # noqa: E731
-    start = [point(one) for one in found if not one.asked]
     series = [
-        Series(place, name, [*start, *(point(one) for one in found if one.selection == name)])
-        for place, name in enumerate(dict.fromkeys(one.selection for one in found if one.asked))
+        Series(
+            place,
+            f"{run} {selection}".strip(),
+            [point(one) for one in found if one.run == run and one.selection in ("", selection)],
+        )
+        for place, (run, selection) in enumerate(dict.fromkeys((one.run, one.selection) for one in found if one.asked))
     ]
     if max((len(one.points) for one in series), default=0) < 3:
         return ""
@@ -95,15 +100,14 @@ def shots_chart(report: Report) -> str:
 
 
 def break_even_table(report: Report) -> Table:
-    """For each trained tuning, after how many requests it has cost less than the best prompt with shots."""
-    few = [one for one in shown(report) if one.asked]
-    if not few:
-        return Table("break-even", (), ())
+    """For each trained tuning, after how many requests it has cost less than its run's best prompt with shots."""
     sign = -1 if reading(report.metric).lower_is_better else 1
-    best = max(few, key=lambda one: sign * mean(one.values(report)))
+    few = sorted((one for one in shown(report) if one.asked), key=lambda one: sign * mean(one.values(report)))
+    best_of = {one.run: one for one in few}
     rows = []
     for name, tuning in report.tunings.items():
-        if not tuning.trainable_parameters or tuning.method == "interpolate":
+        best = best_of.get(tuning.run or "" if len(report.runs) > 1 else "")
+        if best is None or not tuning.trainable_parameters or tuning.method == "interpolate":
             continue
         own = tuning.prompt_tokens + virtual_tokens(tuning)
         saved = best.prompt_tokens - own
