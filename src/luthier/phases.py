@@ -46,7 +46,7 @@ def new_ledger() -> Ledger:
 
 def hold_embedding(base: BaseModel, stored: torch.dtype, words: Collection[int] | None, ledger: Ledger) -> None:
     """Count a frozen embedding as the rows that `words` bring into memory, where it is mapped from the file and no head reads it."""
-    weight = getattr(base.embedding, "weight", None)
+    weight: Any = getattr(base.embedding, "weight", None)
     head = getattr(base.model.get_output_embeddings(), "weight", None)
     frozen = any(weight is one for one in base.grafts.originals.values())
     copied = stored != base.dtype or base.quantized or stands_for.get() != "cpu"
