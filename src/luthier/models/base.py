@@ -16,6 +16,7 @@ from luthier.errors import UserError
 from luthier.models import attention
 from luthier.models.allocator import give_back_freed_memory, keep_freed_memory
 from luthier.models.batch import Batch, Packed, Segment, row_parts, token_parts
+from luthier.models.fast_paths import quicken
 from luthier.models.grafted import Grafted
 from luthier.models.grafts import Grafts
 from luthier.models.load import (
@@ -28,7 +29,6 @@ from luthier.models.load import (
     resolve_dtype,
 )
 from luthier.models.noise import noisy
-from luthier.models.norms import quicken_norms
 from luthier.models.packing import Packing
 from luthier.models.padding import kept_index, owner_rows, pad, pad_index
 from luthier.models.prefix import Prefixes
@@ -64,8 +64,7 @@ class BaseModel:
         self.family: str = model.config.model_type
         self.encoder_decoder: bool = bool(model.config.is_encoder_decoder)
         self.packs = self.family in PACKED_FAMILIES
-        model.set_attn_implementation(attention.NAME if self.packs else "eager")
-        quicken_norms(model)
+        quicken(model, self.packs)
         self.grafts = Grafts(model)
         self.grafts.use(None)
         self.sharded = False  # divided over processes: see shard.py

@@ -1,0 +1,15 @@
+"""What of a model runs as Luthier's own code; everything else is transformers'."""
+
+from typing import Any
+
+from luthier.models import attention, biased
+from luthier.models.activations import quicken_activations
+from luthier.models.norms import quicken_norms
+
+
+def quicken(model: Any, packs: bool) -> None:
+    """Choose a model's attention (packed rows, T5's bias, or transformers' own), and quicken its norms and activations."""
+    name = attention.NAME if packs else biased.NAME if model.config.model_type in biased.FAMILIES else "eager"
+    model.set_attn_implementation(name)
+    quicken_norms(model)
+    quicken_activations(model)
