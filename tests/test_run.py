@@ -364,7 +364,7 @@ def test_a_full_disk_leaves_the_last_whole_state(
     with pytest.raises(UserError, match=r"could not be written: No space left on device.*--resume"):
         run(recipe, out, isolate=False)
     assert not list(out.rglob("*.safetensors-*")), "a partial file was left"
-    assert not (out / "tunings" / "lora").exists()
+    assert not (out / "tunings" / "lora").exists() and not list((out / "tunings").glob(".*")), "nor a part of a tuning"
     kept = (out / "results" / "zero_shot.json").read_bytes()
     monkeypatch.undo()
     report = run(recipe, out, resume=True, isolate=False)
@@ -386,6 +386,24 @@ def test_out_of_memory_is_told_with_the_plans_advice(
     said = str(caught.value)
     assert re.search(r"The plan of 'full' is [\d.]+ GB in training", said)
     assert "--set training.gradient_checkpointing=true" in said and "--set tunings.full.method=lora" in said
+
+
+@pytest.mark.parametrize("how", ["raise torch.OutOfMemoryError('no memory')", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_a_tuning_whose_own_process_ran_out_of_memory_is_told_with_advice_and_goes_on(
+    content: dict, tmp_path: Path, how: str
+) -> None:
+    """Outside a training step, or ended by the system."""
+    hook = f"import os, signal, torch\nfrom pathlib import Path\ndef full(event):\n    if not Path({str(tmp_path / 'room')!r}).exists():\n        {how}\n"
+    (tmp_path / "own.py").write_text(hook)
+    content["training"]["hooks"] = ["own.py:full"]
+    content["tunings"] = {"zero_shot": {}, "lora": {"rank": 2}}
+    recipe, out = make_recipe(content), tmp_path / "out"
+    with pytest.raises(
+        UserError, match=r"(?s)(Memory ran out in 'lora'|'lora' was killed).*The plan of 'lora' is [\d.]+ GB"
+    ):
+        run(recipe, out)
+    (tmp_path / "room").write_text("")
+    assert run(recipe, out, resume=True).tunings["lora"].steps == 3
 
 
 def test_an_unwritable_place_is_refused(content: dict, tmp_path: Path) -> None:

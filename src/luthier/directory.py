@@ -143,7 +143,12 @@ class RunDirectory:
         partial = target.with_name(f".{name}.partial")
         if self.writes:
             shutil.rmtree(partial, ignore_errors=True)
-        yield partial
+        try:
+            yield partial
+        except BaseException:
+            if self.writes:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         if self.writes:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)

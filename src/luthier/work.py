@@ -65,9 +65,10 @@ class Work:
         apart = isinstance(method, FewShot) and method.selection == "similar"
         device = resolve_device(recipe.base.device).type
         prompts, new_tokens = _prompts(tasks, encoder, reserve, extra, apart)
+        if extra:  # the shots that stand before the prompts are training rows, any of them
+            words = _words_of_all(tasks, encoder)
         if words is not None:
-            words.update(_words(rows))
-            words.update(token for prompt in prompts for token in prompt)
+            words |= _words(rows) | {token for prompt in prompts for token in prompt}
         return cls(
             earlier=steps[0] if steps else [],
             largest=steps[1:],
@@ -76,10 +77,15 @@ class Work:
             validation=max(groups, key=_size, default=[]),
             prompts=[prompts[place] for place in batches_by_length(prompts, device=device)[0]] if prompts else [],
             new_tokens=new_tokens,
-            words=None
-            if words is None or (isinstance(method, FewShot) and method.selection == "similar")
-            else frozenset(words),
+            words=None if words is None else frozenset(words),
         )
+
+
+def _words_of_all(tasks: list[tuple[Task, Examples]], encoder: Encoder) -> set[int] | None:
+    """The token ids of all training rows; None where there are too many."""
+    if any(each.stream is not None or len(each.train) > LOOKED_AT for _, each in tasks):
+        return None
+    return _words(encode_all(encoder, [one for _, each in tasks for one in each.train]))
 
 
 def _words(rows: Sequence[Encoded]) -> set[int]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.tiny import DEVICE
 
-from luthier.models.attention import _as_one_call, _by_lengths, _mask, _together, packed_attention
+from luthier.models.attention import _as_one_call, _by_lengths, _flash_runs, _mask, _together, packed_attention
 from luthier.models.packing import Packing
 from luthier.models.written_out import attend_written_out
 
@@ -46,6 +46,18 @@ def test_the_kernel_that_takes_lengths_equals_a_call_for_each_row(lengths: tuple
 
     for found, expected in zip(run(torch.bfloat16), run(torch.float32), strict=True):
         torch.testing.assert_close(found.float(), expected.float(), atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "expected"),
+    [((8, 0), 64, True), ((9, 0), 256, True), ((8, 0), 257, False), ((7, 5), 64, False), (None, 64, False)],
+)
+def test_where_flash_attention_runs(
+    capability: tuple[int, int] | None, width: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert _flash_runs(width) == expected
 
 
 @pytest.mark.parametrize(

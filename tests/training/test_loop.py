@@ -16,7 +16,7 @@ from luthier.models.base import BaseModel
 from luthier.models.loss import label_scores
 from luthier.training.checkpoint import read_checkpoint
 from luthier.training.loop import Validation, train
-from luthier.training.optimizer import Optimizer
+from luthier.training.optimizer import Optimizer, scattered
 from luthier.training.settings import TrainingSettings
 from luthier.tuning import (
     IA3,
@@ -145,6 +145,9 @@ def test_checkpoints_hold_optimizer_and_masters_to_the_bit(tmp_path: Path) -> No
     assert same(saved, weights(base))
     moved = [key for key in saved if not torch.equal(state[f"master/{key}"], saved[key].float())]
     assert len(moved) > len(saved) // 2, "an update below bfloat16's spacing must survive in the master"
+    start = {key: scattered(base.grafts.originals[key], key) for key in saved}
+    moved = [key for key in saved if not torch.equal(state[f"master/{key}"], start[key])]
+    assert len(moved) > len(saved) // 2, "and it did move from where masters start"
     assert {f"exp_avg/{key}" for key in saved} | {f"exp_avg_sq/{key}" for key in saved} <= state.keys()
 
 

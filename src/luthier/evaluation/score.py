@@ -82,8 +82,10 @@ def answer(
     longest = max((_longest_choice(encoder, example) for example in examples), default=0) if choices else max_new_tokens
     prompts = [prompt_ids(encoder, example, reserve + longest) for example in examples]
     texts = dict(known or {})
-    together = _by_size(base, encoder, examples, prompts) if choices else None
-    batches = together or batches_by_length(prompts, device=base.device.type)
+    if choices:
+        batches = _by_size(base, encoder, examples, prompts)
+    else:
+        batches = batches_by_length(prompts, device=base.device.type)
 
     def answers(own: Sequence[list[int]]) -> list[list[str]]:
         every = sum(map(len, own))

@@ -57,7 +57,7 @@ def packed_attention(
         out = _attend_cached(query, key, value, scale, softcap, sliding_window, packing)
         return out.transpose(1, 2), None
     where = stands_for.get() if query.is_meta else query.device.type
-    if _by_lengths(packing, where, query.dtype, softcap, dropout):
+    if _by_lengths(packing, where, query.dtype, softcap, dropout) and _flash_runs(query.shape[-1]):
         return _at_lengths(query, key, value, packing, scale, sliding_window), None
     if _as_one_call(packing, where, softcap, sliding_window):
         return _together(query, key, value, packing, scale, dropout), None
@@ -87,6 +87,11 @@ def _by_lengths(packing: Packing, where: str, dtype: torch.dtype, softcap: float
     if _varlen_attn is None or where != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     return not (any(packing.branches) or packing.prefixes or softcap is not None or dropout)
+
+
+def _flash_runs(width: int) -> bool:
+    """Whether this accelerator has flash attention for heads of this width: from Ampere on, up to 256 numbers."""
+    return width <= 256 and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _at_lengths(

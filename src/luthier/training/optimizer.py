@@ -3,9 +3,14 @@
 
 A 16-bit parameter keeps an fp32 master here: an update of lr x 1 is far below bfloat16's spacing around
 a weight and would be lost. fp32 parameters are their own masters.
+
+A master starts anywhere among the numbers that round to its weight. Were it the weight itself, in the middle of them, small
+updates of large weights would reach none for many steps; so a part of them crosses over at once, and what all move is on
+average what the masters do. The weights themselves are at first those of the base, bit for bit.
 """
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -85,6 +90,19 @@ def bucket_keys(parameters: Mapping[str, Tensor]) -> list[list[str]]:
     return buckets
 
 
+@torch.no_grad()
+def scattered(weight: Tensor, key: str) -> Tensor:
+    """fp32 numbers that round to a 16-bit weight, drawn evenly among all that do; a function of the weight and its key."""
+    wide = weight.detach().float()
+    if wide.is_meta:
+        return wide
+    # fp32 has so many more bits of mantissa: numbers of the same sign and exponent are neighbours as integers.
+    reach = 1 << {torch.bfloat16: 15, torch.float16: 12}[weight.dtype]
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    drawn = torch.randint(1 - reach, reach, wide.shape, generator=generator, dtype=torch.int32).to(wide.device)
+    return wide.view(torch.int32).add_(drawn.mul_(wide != 0)).view(torch.float32)
+
+
 class Optimizer:
     """Steps the parameters of one tuning and can write down and restore all it knows.
 
@@ -103,7 +121,7 @@ class Optimizer:
         # Of what is divided over ranks, each steps its part.
         self._own = locals_of(self.parameters)
         self.masters = {
-            key: own if own.dtype == torch.float32 else own.detach().float() for key, own in self._own.items()
+            key: own if own.dtype == torch.float32 else scattered(own, key) for key, own in self._own.items()
         }
         self._decay, self._factors = weight_decay, factors or {}
         self.buckets = [(keys, OPTIMIZERS[kind](self._groups(keys))) for keys in bucket_keys(self.masters)]
