@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from luthier import stage
 from luthier.audit_rows import audit, stop_on_errors
 from luthier.data.shots import needs_similar
 from luthier.data.task import Task
@@ -24,7 +25,6 @@ from luthier.recipe import BASELINE, Recipe
 from luthier.report.build import build_report
 from luthier.report.files import write_report
 from luthier.report.schema import Report
-from luthier.stage import EXIT_MEMORY, explained_memory, run_stage
 from luthier.training.loop import check_ranks
 from luthier.training.own_hooks import own_hooks
 from luthier.tuning import BestTemplate, FewShot, Interpolation, Method, attach, detach
@@ -119,8 +119,8 @@ def _run_one(directory: RunDirectory, name: str, isolate: bool, process: Launche
         if isolate or process:
             _in_own_process(directory, name, process)
         else:
-            with explained_memory(name):
-                run_stage(directory, name)
+            with stage.explained_memory(name):
+                stage.run_stage(directory, name)
     except UserError as error:
         advice = advised(directory.recipe(), name) if isinstance(error, MemoryRanOut) and name != BASELINE else ""
         if not directory.started():
@@ -157,7 +157,7 @@ def _in_own_process(directory: RunDirectory, name: str, process: Launched | None
     message.unlink(missing_ok=True)
     if process:
         raise process.fail(_reason(code, name, process.rank, bool(stopped))).error()
-    if code == EXIT_MEMORY:
+    if code == stage.EXIT_MEMORY:
         raise MemoryRanOut(said)
     if code == 2:
         raise UserError(said)

@@ -5,12 +5,12 @@ validation rows, answering fills the cache of the longest prompts. All run the c
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 
 from luthier.encoding.batches import collate
@@ -30,8 +30,6 @@ from luthier.training.settings import TrainingSettings
 from luthier.work import Work
 
 FEW = 2
-# The system reads so much of a mapped file at a time (Linux's fault-around).
-WINDOW = 1 << 16
 # On a CPU, what libraries hold from their first use on, their code, tables and buffers: after reading a base, after training
 # one of almost no weights (docs/planning.md).
 READING, PROCESS = 40_000_000, 80_000_000
@@ -44,22 +42,9 @@ def new_ledger() -> Ledger:
     return Ledger(Heap() if stands_for.get() == "cpu" else None)
 
 
-def hold_embedding(base: BaseModel, stored: torch.dtype, words: Collection[int] | None, ledger: Ledger) -> None:
-    """Count a frozen embedding as the rows that `words` bring into memory, where it is mapped from the file and no head reads it."""
-    weight: Any = getattr(base.embedding, "weight", None)
-    head = getattr(base.model.get_output_embeddings(), "weight", None)
-    frozen = any(weight is one for one in base.grafts.originals.values())
-    copied = stored != base.dtype or base.quantized or stands_for.get() != "cpu"
-    if words is None or copied or not frozen or head is weight or not isinstance(base.embedding, nn.Embedding):
-        return
-    row, size, count = weight.shape[1] * weight.itemsize, weight.itemsize, weight.numel()
-    seen = {place for word in words for place in (word * row // WINDOW, ((word + 1) * row - 1) // WINDOW)}
-    seen |= {sample * (count // 64) * size // WINDOW for sample in range(64)}  # for the fingerprint
-    ledger.hold([weight], "weights", min(count * size, len(seen) * WINDOW))
-
-
-def loading(base: BaseModel, stored: torch.dtype, ledger: Ledger) -> Counter[str]:
+def loading(base: BaseModel, stored: torch.dtype) -> Counter[str]:
     """Reading maps the file of the weights; what is in another precision, or packed into 4 bits, is copied from there."""
+    ledger = Ledger()
     _hold_weights(base, {}, ledger)
     packed = _packed(base)
     mapped = sum(one.numel() for one in base.grafts.originals.values()) * stored.itemsize

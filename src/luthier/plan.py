@@ -192,10 +192,7 @@ def _once(recipe: Recipe, name: str, work: Work | None = None) -> tuple[TuningPl
     watched = bool(work.largest) and settings.watch not in ("loss", "accuracy")
     with dry_run(base, device):
         ledger = phases.new_ledger()
-        stored, reading = stored_dtype(recipe.base), phases.new_ledger()
-        for one in (reading, ledger):
-            phases.hold_embedding(base, stored, work.words, one)
-        counted = {"loading": phases.loading(base, stored, reading)}
+        counted = {"loading": phases.loading(base, stored_dtype(recipe.base))}
         if isinstance(method, Interpolation) and isinstance(grafted, Method):
             change = partial(grafted.toward_base, base, name, method.share)
             counted["interpolating"] = phases.interpolating(base, owned, change, ledger)

@@ -36,7 +36,6 @@ class Work:
     validation: list[Encoded]
     prompts: list[list[int]]
     new_tokens: int
-    words: frozenset[int] | None  # the token ids of all rows; None where not all were looked at
 
     @classmethod
     def of(cls, recipe: Recipe, name: str, base: BaseModel) -> Self:
@@ -47,49 +46,27 @@ class Work:
         reserve = grafted.virtual_tokens() if isinstance(grafted, Method) else 0
         steps: list[list[Encoded]] = []
         tokens, said = 0, ""
-        words: set[int] | None = set()
         if isinstance(method, Method):
-            steps, tokens, said, words = _training(recipe, name, tasks, encoder, reserve, not base.packs)
+            steps, tokens, said = _training(recipe, name, tasks, encoder, reserve, not base.packs)
         chosen = recipe.tunings[method.of if isinstance(method, Interpolation) else name].tasks
         held = [one for task, each in tasks if not chosen or task.name in chosen for one in each.validation[:LOOKED_AT]]
         extra = _shots(method, tasks, encoder)
         if extra:
             encoder = encoder.widened(base.context)
             extra = min(extra, encoder.max_length)
-        rows = encode_all(encoder, held, reserve)
         groups = micro_batches(
-            [_longer(row, extra, encoder.max_length) for row in rows],
+            [_longer(row, extra, encoder.max_length) for row in encode_all(encoder, held, reserve)],
             EVALUATION_TOKENS,
             padded=not base.packs,
         )
         apart = isinstance(method, FewShot) and method.selection == "similar"
-        device = resolve_device(recipe.base.device).type
         prompts, new_tokens = _prompts(tasks, encoder, reserve, extra, apart)
-        if extra:  # the shots that stand before the prompts are training rows, any of them
-            words = _words_of_all(tasks, encoder)
-        if words is not None:
-            words |= _words(rows) | {token for prompt in prompts for token in prompt}
+        if prompts:
+            together = batches_by_length(prompts, device=resolve_device(recipe.base.device).type)[0]
+            prompts = [prompts[place] for place in together]
         return cls(
-            earlier=steps[0] if steps else [],
-            largest=steps[1:],
-            tokens=tokens,
-            said=said,
-            validation=max(groups, key=_size, default=[]),
-            prompts=[prompts[place] for place in batches_by_length(prompts, device=device)[0]] if prompts else [],
-            new_tokens=new_tokens,
-            words=None if words is None else frozenset(words),
+            steps[0] if steps else [], steps[1:], tokens, said, max(groups, key=_size, default=[]), prompts, new_tokens
         )
-
-
-def _words_of_all(tasks: list[tuple[Task, Examples]], encoder: Encoder) -> set[int] | None:
-    """The token ids of all training rows; None where there are too many."""
-    if any(each.stream is not None or len(each.train) > LOOKED_AT for _, each in tasks):
-        return None
-    return _words(encode_all(encoder, [one for _, each in tasks for one in each.train]))
-
-
-def _words(rows: Sequence[Encoded]) -> set[int]:
-    return {token for row in rows for token in (*row.prompt, *row.target)}
 
 
 def _size(group: Sequence[Encoded]) -> tuple[int, int]:
@@ -98,9 +75,8 @@ def _size(group: Sequence[Encoded]) -> tuple[int, int]:
 
 def _training(
     recipe: Recipe, name: str, tasks: list[tuple[Task, Examples]], encoder: Encoder, reserve: int, padded: bool
-) -> tuple[list[list[Encoded]], int, str, set[int] | None]:
-    """Of the training rows an earlier micro-batch, and those of the step with the largest; their tokens; which rows they are;
-    their token ids.
+) -> tuple[list[list[Encoded]], int, str]:
+    """Of the training rows an earlier micro-batch, and those of the step with the largest; their tokens; which rows they are.
 
     Where there are too many or they are streamed, of rows of `max_length`.
     """
@@ -113,27 +89,23 @@ def _training(
         worst: list[list[Encoded]] = []
         earlier: list[Encoded] = []
         tokens = 0
-        words: set[int] = set()
         cost = lambda group: (len(group) * len(group[0]) if padded else 0, *_size(group))  # noqa: E731
         for step in range(looked_at):
             groups = micro_batches(step_rows(stream, settings.batch_size, step), budget, padded)
             tokens += sum(len(row) for group in groups for row in group)
-            for group in groups:
-                words |= _words(group)
             if not worst or max(map(cost, groups)) > max(map(cost, worst)):
                 worst, earlier = groups, earlier if not worst else max(worst, key=cost)
             elif not earlier:
                 earlier = max(groups, key=cost)
         behind = [max(worst[1:], key=cost)] if worst[1:] else []
-        known = words if looked_at == steps else None
-        return [earlier or worst[0], worst[0], *behind], tokens * steps // looked_at, "the training rows", known
+        return [earlier or worst[0], worst[0], *behind], tokens * steps // looked_at, "the training rows"
     target = max(1, encoder.max_length // 4)
     prompt = encoder.max_length - (0 if encoder.encoder_decoder else target)
     rows = [Encoded("longest", [0] * prompt, [0] * target)] * settings.batch_size
     groups = micro_batches(rows, budget, padded)
     steps = settings.steps(sum(len(each.train) for _, each in tasks if each.stream is None) or settings.batch_size)
     said = f"rows of max_length ({encoder.max_length} tokens)"
-    return [groups[0], *groups[:2]], steps * sum(map(len, rows)), said, None
+    return [groups[0], *groups[:2]], steps * sum(map(len, rows)), said
 
 
 def _shots(method: AnyMethod, tasks: list[tuple[Task, Examples]], encoder: Encoder) -> int:

@@ -42,8 +42,8 @@ class Ledger(TorchDispatchMode):
         # Of each storage: part, bytes, its place in the heap, its number.
         self._known: dict[Any, tuple[str, int, Place | None, int]] = {}
 
-    def hold(self, tensors: Iterable[Tensor | None], part: str, size: int | None = None) -> None:
-        """Count tensors that exist already under `part`, also those that were counted under another; `size` is what each holds."""
+    def hold(self, tensors: Iterable[Tensor | None], part: str) -> None:
+        """Count tensors that exist already under `part`, also those that were counted under another."""
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -56,9 +56,8 @@ class Ledger(TorchDispatchMode):
                     count[part] += known[1]
                 self._known[key] = (part, *known[1:])
             else:
-                held = storage.nbytes() if size is None else size
-                self.held += held
-                self._add(key, held, part, None)
+                self.held += storage.nbytes()
+                self._add(key, storage.nbytes(), part, None)
 
     def restart(self) -> None:
         """Count the peak and the work from here on."""
