@@ -481,7 +481,7 @@ def test_a_stopped_command_resumes_to_the_same_weights(
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_interpolating_towards_the_base(content: dict, bases: Path, tmp_path: Path, family: str) -> None:
     content["base"]["model"] = str(bases / family)
-    content["training"]["learning_rate"] = 0.05
+    content["training"] |= {"learning_rate": 0.05, "snapshots": 1}
     content["tunings"] = {"zero_shot": {}, "full": {}, "lora": {"rank": 2}}
     for name in ("full", "lora"):
         for share in (0.0, 0.5, 1.0):
@@ -492,6 +492,7 @@ def test_interpolating_towards_the_base(content: dict, bases: Path, tmp_path: Pa
         assert loss[f"{name}_0"] == loss["zero_shot"] != loss[name] == loss[f"{name}_100"]
         assert loss[f"{name}_50"] not in (loss[name], loss["zero_shot"])
         assert report.tunings[f"{name}_50"].trainable_parameters == report.tunings[name].trainable_parameters
+        assert len(report.tunings[name].snapshots) == 1 and not report.tunings[f"{name}_50"].snapshots
         none = [one for one in report.retention if one.tuning == f"{name}_0"]
         assert none and all(one.difference == one.low == one.high == 0.0 for one in none), (
             "the base forgets exactly nothing"

@@ -203,6 +203,7 @@ def _interpolation(stage: Stage, name: str, method: Interpolation) -> dict[str, 
         "validation_loss": kept.loss if kept else None,
         "validation_accuracy": kept.accuracy if kept else None,
         "history": [],
+        "snapshots": [],
         "scores": score_tasks(stage, name, reserve) | score_retention(stage, name, reserve),
         "inference": request_cost(stage, name, reserve),
     }
