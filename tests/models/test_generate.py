@@ -34,7 +34,7 @@ def own(plain, prompt: list[int], new_tokens: int, stop: int, **options) -> list
     if not plain.encoder_decoder:
         plain.model.set_attn_implementation("eager")
     out = plain.model.generate(
-        torch.tensor([prompt]),
+        torch.tensor([prompt], device=plain.device),
         max_new_tokens=new_tokens,
         do_sample=False,
         eos_token_id=stop,
@@ -74,7 +74,8 @@ def slow(base, prompt: list[int], new_tokens: int, stop: int) -> list[int]:
     for _ in range(new_tokens):
         row = Encoded("row", prompt, [*written, 0])  # the label is not used
         with torch.no_grad():
-            states = base.target_states(collate([row], base.decoder_start if base.encoder_decoder else None))
+            batch = collate([row], base.decoder_start if base.encoder_decoder else None).to(base.device)
+            states = base.target_states(batch)
             token = int(base.logits(states[-1:]).argmax())
         if token == stop:
             break
@@ -165,9 +166,9 @@ def test_draws_have_the_models_probabilities() -> None:
     base = tiny.make("llama")
     prompt = prompts_for(base.embedding.weight.shape[0], 1)[0]
     with torch.no_grad():
-        state = base.target_states(collate([Encoded("row", prompt, [0])], None))
+        state = base.target_states(collate([Encoded("row", prompt, [0])], None).to(base.device))
         logits = base.logits(state[-1:])
-    expected = narrowed(logits / 2.0, 5, 1.0)[0]
+    expected = narrowed(logits / 2.0, 5, 1.0)[0].cpu()
     drawn = generate(base, [prompt] * 600, 1, [], batch_rows=300, decoding=Decoding(temperature=2.0, top_k=5))
     counts = torch.bincount(torch.tensor([one[0] for one in drawn]), minlength=len(expected)) / 600
     assert int((expected > 0).sum()) == 5 and float(counts[expected == 0].sum()) == 0.0

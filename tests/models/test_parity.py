@@ -9,6 +9,7 @@ from tests import tiny
 from luthier.encoding.batches import collate, collate_choices
 from luthier.encoding.encoder import Encoded
 from luthier.models.base import BaseModel
+from luthier.models.batch import Batch
 from luthier.models.loss import label_scores, loss_sum
 
 FAMILIES = tiny.DECODERS + tiny.UNPACKED + tiny.ENCODER_DECODERS + tiny.ABSOLUTE
@@ -23,12 +24,12 @@ def rows_for(base: BaseModel, count: int = 5, seed: int = 0) -> list[Encoded]:
 
 def own_losses(base: BaseModel, row: Encoded) -> torch.Tensor:
     """Per-target losses from transformers' own forward on this row alone."""
-    target = torch.tensor([row.target])
+    target = torch.tensor([row.target], device=base.device)
     if base.encoder_decoder:
-        logits = base.model(input_ids=torch.tensor([row.prompt]), labels=target).logits[0]
+        logits = base.model(input_ids=torch.tensor([row.prompt], device=base.device), labels=target).logits[0]
     else:
         base.model.set_attn_implementation("eager")
-        ids = torch.tensor([row.prompt + row.target])
+        ids = torch.tensor([row.prompt + row.target], device=base.device)
         logits = base.model(input_ids=ids).logits[0, len(row.prompt) - 1 : -1]
     return torch.nn.functional.cross_entropy(logits.float(), target[0], reduction="none")
 
@@ -37,16 +38,20 @@ def start(base: BaseModel) -> int | None:
     return base.decoder_start if base.encoder_decoder else None
 
 
+def batch_of(base: BaseModel, rows: list[Encoded]) -> Batch:
+    return collate(rows, start(base)).to(base.device)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_in_a_batch_equal_the_models_own_row_by_row(family: str) -> None:
     base, plain = tiny.make(family), tiny.make(family)
     rows = rows_for(base)
     with torch.no_grad():
         expected = torch.cat([own_losses(plain, row) for row in rows])
-    scores, hits = label_scores(base, collate(rows, start(base)))
+    scores, hits = label_scores(base, batch_of(base, rows))
     torch.testing.assert_close(-scores, expected, atol=2e-5, rtol=1e-5)
     assert hits.shape == scores.shape
-    total = loss_sum(base, collate(rows, start(base)))
+    total = loss_sum(base, batch_of(base, rows))
     torch.testing.assert_close(total.detach(), expected.sum(), atol=1e-3, rtol=1e-5)
 
 
@@ -56,11 +61,9 @@ def test_neighbours_never_change_a_row(family: str) -> None:
     base = tiny.make(family)
     first, second = rows_for(base, 2, seed=1)
     other = Encoded("other", list(reversed(second.prompt)), list(reversed(second.target)))
-    ours = [
-        label_scores(base, collate([first, beside], start(base)))[0][: len(first.target)] for beside in (second, other)
-    ]
+    ours = [label_scores(base, batch_of(base, [first, beside]))[0][: len(first.target)] for beside in (second, other)]
     assert torch.equal(*ours)
-    alone = label_scores(base, collate([first], start(base)))[0]
+    alone = label_scores(base, batch_of(base, [first]))[0]
     torch.testing.assert_close(ours[0], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -70,11 +73,11 @@ def test_choices_that_share_a_prompt_score_as_if_alone(family: str) -> None:
     row, other = rows_for(base, 2, seed=2)
     choices = [[5, 6, 7], [8], [9, 10], other.target]
     batch, places = collate_choices([("a", row.prompt, choices), ("b", other.prompt, choices[:2])], start(base))
-    scores, _ = label_scores(base, batch)
+    scores, _ = label_scores(base, batch.to(base.device))
     assert places == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
     asked = [(row.prompt, choice) for choice in choices] + [(other.prompt, choice) for choice in choices[:2]]
     for (prompt, choice), found in zip(asked, scores.split([len(choice) for _, choice in asked]), strict=True):
-        alone, _ = label_scores(base, collate([Encoded("x", prompt, choice)], start(base)))
+        alone, _ = label_scores(base, batch_of(base, [Encoded("x", prompt, choice)]))
         torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
 
 
@@ -86,8 +89,8 @@ def test_chunked_loss_has_autograds_gradient(family: str) -> None:
     base = tiny.make(family)
     head = base.model.get_output_embeddings().weight
     head.requires_grad_(True)
-    states = torch.randn(600, base.width, requires_grad=True)
-    labels = torch.randint(0, head.shape[0], (600,))
+    states = torch.randn(600, base.width, device=base.device, requires_grad=True)
+    labels = torch.randint(0, head.shape[0], (600,), device=base.device)
     plain = torch.nn.functional.cross_entropy(base.logits(states).float(), labels, reduction="sum")
     expected = torch.autograd.grad(plain * 0.5, [states, head])
     ours = module._HeadLoss.apply(states, labels, base, 0.0, *base.head_parameters())

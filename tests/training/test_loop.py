@@ -78,7 +78,7 @@ def test_training_equals_a_plain_loop(family: str, tmp_path: Path) -> None:
         batch = step_rows(Shuffled(rows, 7), 4, step)
         count = sum(len(row.target) for row in batch)
         for row in batch:
-            single = collate([row], twin.decoder_start if twin.encoder_decoder else None)
+            single = collate([row], twin.decoder_start if twin.encoder_decoder else None).to(twin.device)
             logits = twin.logits(twin.target_states(single))
             (torch.nn.functional.cross_entropy(logits, single.labels, reduction="sum") / count).backward()
         torch.nn.utils.clip_grad_norm_(owned, 0.5)
@@ -103,7 +103,7 @@ def test_stopped_and_resumed_ends_in_the_same_bits(
         return base
 
     def validation(base: BaseModel):
-        held = collate(rows_for(base, 3), None)
+        held = collate(rows_for(base, 3), None).to(base.device)
         return lambda: Validation(-float(label_scores(base, held)[0].mean()), 0.0)
 
     def stream() -> Stream:  # made anew, as a new process does
@@ -142,10 +142,10 @@ def test_checkpoints_hold_optimizer_and_masters_to_the_bit(tmp_path: Path) -> No
     with pytest.raises(Interrupted):
         train(base, "t", Shuffled(rows_for(base), 0), settings, 0, tmp_path, should_stop=lambda: True)
     _, saved, state = read_checkpoint(tmp_path / "checkpoint.safetensors")
-    assert same(saved, weights(base))
+    assert same(saved, {key: one.cpu() for key, one in weights(base).items()})
     moved = [key for key in saved if not torch.equal(state[f"master/{key}"], saved[key].float())]
     assert len(moved) > len(saved) // 2, "an update below bfloat16's spacing must survive in the master"
-    start = {key: scattered(base.grafts.originals[key], key) for key in saved}
+    start = {key: scattered(base.grafts.originals[key], key).cpu() for key in saved}
     moved = [key for key in saved if not torch.equal(state[f"master/{key}"], start[key])]
     assert len(moved) > len(saved) // 2, "and it did move from where masters start"
     assert {f"exp_avg/{key}" for key in saved} | {f"exp_avg_sq/{key}" for key in saved} <= state.keys()
