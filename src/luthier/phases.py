@@ -31,8 +31,8 @@ from luthier.work import Work
 
 FEW = 2
 # On a CPU, what libraries hold from their first use on, their code, tables and buffers: after reading a base, after training
-# one of almost no weights (docs/planning.md).
-READING, PROCESS = 40_000_000, 80_000_000
+# one of almost no weights, and bitsandbytes from its import on (docs/planning.md).
+READING, PROCESS, PACKING = 40_000_000, 80_000_000, 47_000_000
 
 Owned = Mapping[str, Parameter]
 
@@ -48,8 +48,8 @@ def loading(base: BaseModel, stored: torch.dtype) -> Counter[str]:
     _hold_weights(base, {}, ledger)
     packed = _packed(base)
     mapped = sum(one.numel() for one in base.grafts.originals.values()) * stored.itemsize
-    copied = stored != base.dtype or packed
-    return Counter({"weights": ledger.live["weights"], "workspace": (mapped if copied else 0) + READING})
+    workspace = READING + (PACKING if packed else 0) + (mapped if packed or stored != base.dtype else 0)
+    return Counter({"weights": ledger.live["weights"], "workspace": workspace})
 
 
 def training(
@@ -77,7 +77,7 @@ def training(
         optimizer.step(ledger)
     for hook in hooks:
         hook.remove()
-    return _seen(ledger), products, [optimizer]
+    return _seen(base, ledger), products, [optimizer]
 
 
 class _DryOptimizer:
@@ -128,7 +128,7 @@ def interpolating(base: BaseModel, owned: Owned, change: Callable[[], None], led
         file = _bytes(sum(one.numel() * one.itemsize for one in owned.values()))
         del file
         change()
-    return _seen(ledger)
+    return _seen(base, ledger)
 
 
 def validation(base: BaseModel, owned: Owned, group: Sequence[Encoded], ledger: Ledger) -> Counter[str]:
@@ -138,7 +138,7 @@ def validation(base: BaseModel, owned: Owned, group: Sequence[Encoded], ledger: 
         ledger.restart()
         with _parts(base, ledger), _few(base):
             label_scores(base, _batch(base, group))
-    return _seen(ledger)
+    return _seen(base, ledger)
 
 
 @torch.no_grad()
@@ -163,12 +163,12 @@ def answering(
             with _parts(base, ledger), _few(base):
                 states = decode_step(base, cache, torch.zeros(len(rows) * beams, dtype=torch.long, device=base.device))
                 base.logits(states).float().log_softmax(-1)
-            found = _seen(ledger)
+            found = _seen(base, ledger)
             found["caches"] = found["caches"] * base.blocks // len(cache.keys)
             return found
         with _parts(base, ledger), _few(base):
             _read_prompts(base, rows)
-    found = _seen(ledger)
+    found = _seen(base, ledger)
     found["caches"] = beams * _cache_bytes(base, rows, new_tokens)
     found["logits"] = (
         beams * len(rows) * base.config.get_text_config(decoder=True).vocab_size * (4 + base.dtype.itemsize)
@@ -176,11 +176,12 @@ def answering(
     return found
 
 
-def _seen(ledger: Ledger) -> Counter[str]:
+def _seen(base: BaseModel, ledger: Ledger) -> Counter[str]:
     """What was alive at the peak, and what the heap holds beyond it at its own."""
     found = Counter(ledger.at_peak)
     if ledger.heap:
         found["workspace"] += ledger.held + ledger.heap.most - ledger.peak + PROCESS
+        found["workspace"] += PACKING if _packed(base) else 0
     return found
 
 
