@@ -61,10 +61,9 @@ def packed_attention(
         return _at_lengths(query, key, value, packing, scale, sliding_window), None
     if _as_one_call(packing, where, softcap, sliding_window):
         return _together(query, key, value, packing, scale, dropout), None
-    longest = max((piece.seen for piece in packing.pieces), default=0)
-    written_out = where == "cpu" and longest <= _LONGEST_EXPLICIT and query.dtype == torch.bfloat16
+    written_out = _is_written_out(packing, where, query.dtype)
     if written_out and not packing.prefixes and softcap is None and not dropout:
-        masks = [_mask(packing, piece, 0, sliding_window, query) for piece in packing.pieces]
+        masks = _masks(packing, sliding_window, query)
         return attend_written_out(query, key, value, packing.pieces, masks, scale), None
     outputs = []
     for piece in packing.pieces:
@@ -80,6 +79,22 @@ def packed_attention(
             mask = _mask(packing, piece, before, sliding_window, q)
             outputs.append(_attend(q, k, v, mask, scale, softcap, dropout))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def written_out_masks(packing: Packing, window: int | None, like: Tensor) -> list[Tensor] | None:
+    """The masks of all pieces, (L, seen), where plain rows like these are attended by `written_out.py`; else None."""
+    where = stands_for.get() if like.is_meta else like.device.type
+    if packing.cache is not None or packing.prefixes or not _is_written_out(packing, where, like.dtype):
+        return None
+    return _masks(packing, window, like)
+
+
+def _is_written_out(packing: Packing, where: str, dtype: torch.dtype) -> bool:
+    return where == "cpu" and dtype == torch.bfloat16 and packing.longest <= _LONGEST_EXPLICIT
+
+
+def _masks(packing: Packing, window: int | None, like: Tensor) -> list[Tensor]:
+    return [_mask(packing, piece, 0, window, like) for piece in packing.pieces]
 
 
 def _by_lengths(packing: Packing, where: str, dtype: torch.dtype, softcap: float | None, dropout: float) -> bool:

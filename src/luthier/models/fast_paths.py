@@ -4,6 +4,7 @@ from typing import Any
 
 from luthier.models import attention, biased
 from luthier.models.activations import quicken_activations
+from luthier.models.block import quicken_blocks
 from luthier.models.norms import quicken_norms
 
 
@@ -13,3 +14,5 @@ def quicken(model: Any, packs: bool) -> None:
     model.set_attn_implementation(name)
     quicken_norms(model)
     quicken_activations(model)
+    if packs:
+        quicken_blocks(model)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from luthier.models.products import Product, plain
+
 EVERYTHING = slice(None)
 
 # What deltas have derived from their parameters, while nothing changes these: see `standing_still`.
@@ -56,6 +58,10 @@ class Delta(nn.Module):
 
     def with_base(self, base: nn.Module, x: Tensor) -> Tensor | None:
         """f(x, base(x)) in one step, where this delta has one for such a module; else None."""
+        return None
+
+    def as_product(self, base: nn.Module) -> Product | None:
+        """The linear and this delta as one product whose gradient is written out; None where there is none."""
         return None
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
@@ -110,6 +116,13 @@ class Grafted(nn.Module):
             entered = torch.cat([x[here] if delta is None else delta.enter(x[here]) for delta, here in pairs], dim=axis)
         y = self.base(entered)
         return torch.cat([y[here] if delta is None else delta(x[here], y[here]) for delta, here in pairs], dim=axis)
+
+    def as_product(self) -> Product | None:
+        """The base with the one delta in use as a product; None where rows are mixed, or its gradient is not written out."""
+        if len(self.route.parts) > 1:
+            return None
+        delta = self.delta(self.route.parts[0][0])
+        return plain(self.base) if delta is None else delta.as_product(self.base)
 
     # Keys begin with "t-": a ModuleDict refuses `train`, `half` and its other attributes.
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from luthier.models.scratch import Scratch
+
 # Classes of transformers that compute exactly this; Gemma's adds 1 to the weight and rounds once.
 _SAME = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm"}
 
@@ -21,8 +23,13 @@ _SAME = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5La
 def quicken_norms(model: nn.Module) -> None:
     """Let every RMSNorm of a model run `rms_norm`; the modules stay who they are."""
     for module in model.modules():
-        if type(module).__name__ in _SAME:
+        if is_rms_norm(module):
             module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether a module computes exactly this."""
+    return type(module).__name__ in _SAME
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -40,21 +47,55 @@ def _forward(self: Any, hidden_states: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        scale = (wide * wide).mean(-1, keepdim=True).add_(eps).rsqrt_()
+        out, scale = norm_forward(x, weight, eps, Scratch())
         ctx.save_for_backward(x, scale, weight)
-        return weight * (wide * scale).to(weight.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
-        (upstream,) = outputs
         x, scale, weight = ctx.saved_tensors
         wanted_x, wanted_weight, _ = ctx.needs_input_grad
-        wide, into_x, into_weight = x.float(), None, None
-        if wanted_x:
-            inner = (upstream * weight).float()
-            along = (inner * wide).mean(-1, keepdim=True).mul_(scale).mul_(scale)
-            into_x = torch.addcmul(inner, wide, along, value=-1).mul_(scale).to(x.dtype)
-        if wanted_weight:
-            into_weight = (upstream * (wide * scale).to(weight.dtype)).flatten(0, -2).sum(0)
-        return into_x, into_weight, None
+        given = outputs[0], x, scale, weight, Scratch()
+        return (
+            norm_backward(*given) if wanted_x else None,
+            norm_weight_backward(*given) if wanted_weight else None,
+            None,
+        )
+
+
+def norm_forward(
+    x: Tensor, weight: Tensor, eps: float, scratch: Scratch, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The norm of x (..., D), into `out` where there is one, and the scale r (..., 1) in fp32."""
+    wide = scratch.take("norm", x.shape, x, torch.float32).copy_(x)
+    squares = torch.mul(wide, wide, out=scratch.take("norm too", x.shape, x, torch.float32))
+    scale = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return _scaled(wide, scale, weight, out), scale
+
+
+def norm_again(x: Tensor, scale: Tensor, weight: Tensor, scratch: Scratch, out: Tensor | None = None) -> Tensor:
+    """What `norm_forward` gave, from the scale that it gave."""
+    wide = scratch.take("norm", x.shape, x, torch.float32).copy_(x)
+    return _scaled(wide, scale, weight, out)
+
+
+def norm_backward(upstream: Tensor, x: Tensor, scale: Tensor, weight: Tensor, scratch: Scratch) -> Tensor:
+    """The gradient of x."""
+    wide = scratch.take("norm", x.shape, x, torch.float32).copy_(x)
+    inner = scratch.take("norm too", x.shape, x, torch.float32).copy_(upstream * weight)
+    along = torch.linalg.vecdot(inner, wide)[..., None].div_(x.shape[-1]).mul_(scale).mul_(scale)
+    return inner.addcmul_(wide, along, value=-1).mul_(scale).to(x.dtype, copy=True)
+
+
+def norm_weight_backward(upstream: Tensor, x: Tensor, scale: Tensor, weight: Tensor, scratch: Scratch) -> Tensor:
+    """The gradient of the weight."""
+    wide = scratch.take("norm", x.shape, x, torch.float32).copy_(x).mul_(scale)
+    return (upstream * wide.to(weight.dtype)).flatten(0, -2).sum(0)
+
+
+def _scaled(wide: Tensor, scale: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+    wide.mul_(scale)
+    rounded = wide.to(weight.dtype) if out is None else out.copy_(wide)
+    if rounded is wide:  # scratch, in fp32
+        return wide * weight
+    return rounded.mul_(weight)

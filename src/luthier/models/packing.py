@@ -140,6 +140,11 @@ class Packing:
             start += length
         return tuple(found)
 
+    @cached_property
+    def longest(self) -> int:
+        """The most keys that a piece sees."""
+        return max((piece.seen for piece in self.pieces), default=0)
+
     @property
     def decoding(self) -> bool:
         """One new token a row, keys and values from the cache."""

@@ -3,7 +3,8 @@
     P = softmax(s Q K^T + mask)      O = P V
     dV = P^T g      dP = g V^T      dS = P * (dP - rowsum(dP * P))      dQ = s dS K      dK = s dS^T Q
 
-The softmax is in fp32, as transformers' is. One function for all pieces, because the gradient of a slice is a tensor of the
+The softmax is in fp32, as transformers' is. P is kept for the backward pass where it is small beside what the rest of a block
+keeps, and computed again where it is not: it grows with the square of a row. One function for all pieces, because the gradient of a slice is a tensor of the
 whole size; heads that share a key head stand one under the other, in one product with it.
 """
 
@@ -14,6 +15,11 @@ import torch
 from torch import Tensor
 
 from luthier.models.packing import Piece
+from luthier.models.scratch import Scratch
+
+# P of a piece that sees more keys is computed again, by one of its six products and the softmax: of 9 heads it takes 18 bytes a
+# key and token, which for 600 keys is what a block keeps of a token for everything else.
+KEPT_TO = 384
 
 
 def attend_written_out(
@@ -35,34 +41,94 @@ class _WrittenOut(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-        kept = []
-        for piece, mask in zip(pieces, masks, strict=True):
-            scores = torch.bmm(_stacked(query, piece.own, key.shape[1]).mul_(scale), piece.of(key)[0].transpose(1, 2))
-            scores.view(-1, *mask.shape).add_(mask)
-            weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-            found = torch.bmm(weights, piece.of(value)[0]).view(-1, piece.length, query.shape[3])
-            out[0, piece.own] = found.transpose(0, 1)
-            kept.append(weights)
+        room = query.new_empty(kept_size(query.shape[1], pieces))
+        kept = attend_forward(query, key, value, pieces, masks, scale, out, room, Scratch())
         ctx.save_for_backward(query, key, value, *kept)
-        ctx.pieces, ctx.scale = pieces, scale
+        ctx.pieces, ctx.masks, ctx.scale = pieces, masks, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
-        upstream = outputs[0].transpose(1, 2)  # (1, H, T, d)
         query, key, value, *kept = ctx.saved_tensors
-        into_query, into_key, into_value = map(torch.empty_like, (query, key, value))
-        groups, width = key.shape[1], query.shape[3]
-        for piece, weights in zip(ctx.pieces, kept, strict=True):
-            own = _stacked(upstream, piece.own, groups)
-            _give(into_value, piece, torch.bmm(weights.transpose(1, 2), own))
-            into_weights = torch.bmm(own, piece.of(value)[0].transpose(1, 2))
-            into_scores = torch.ops.aten._softmax_backward_data(into_weights, weights, -1, weights.dtype)
-            into_rows = torch.bmm(into_scores, piece.of(key)[0]).mul_(ctx.scale)
-            into_query[0, :, piece.own] = into_rows.view(-1, piece.length, width)
-            stacked = _stacked(query, piece.own, groups).mul_(ctx.scale)
-            _give(into_key, piece, torch.bmm(into_scores.transpose(1, 2), stacked))
-        return into_query, into_key, into_value, None, None, None
+        into = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        attend_backward(outputs[0], query, key, value, kept, ctx.pieces, ctx.masks, ctx.scale, into, Scratch())
+        return *into, None, None, None
+
+
+def kept_size(heads: int, pieces: Sequence[Piece]) -> int:
+    """How many numbers of P are kept for these pieces."""
+    return sum(heads * piece.length * piece.seen for piece in pieces if piece.seen <= KEPT_TO)
+
+
+def attend_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pieces: Sequence[Piece],
+    masks: Sequence[Tensor],
+    scale: float,
+    out: Tensor,
+    room: Tensor,
+    scratch: Scratch,
+) -> list[Tensor | None]:
+    """Write the attention into `out` (1, T, H, d); returns each piece's P (K, H / K * L, seen), which stands in `room`
+    (`kept_size`,), None where it is not kept.
+    """
+    kept: list[Tensor | None] = []
+    start = 0
+    for piece, mask in zip(pieces, masks, strict=True):
+        stop = start + kept_size(query.shape[1], [piece])
+        place = room[start:stop].view(key.shape[1], -1, piece.seen) if stop > start else None
+        stacked = _stacked(query, piece.own, key.shape[1], scratch, "query").mul_(scale)
+        weights = _weights(stacked, piece.of(key)[0], mask, scratch, place)
+        start = stop
+        found = _product(weights, piece.of(value)[0], scratch, "found").view(-1, piece.length, query.shape[3])
+        out[0, piece.own] = found.transpose(0, 1)
+        kept.append(place)
+    return kept
+
+
+def attend_backward(
+    upstream: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: Sequence[Tensor | None],
+    pieces: Sequence[Piece],
+    masks: Sequence[Tensor],
+    scale: float,
+    into: tuple[Tensor, Tensor, Tensor],
+    scratch: Scratch,
+) -> None:
+    """Write the gradients of query, key and value into `into`, from that of the output (1, T, H, d)."""
+    upstream = upstream.transpose(1, 2)  # (1, H, T, d)
+    into_query, into_key, into_value = into
+    groups, width = key.shape[1], query.shape[3]
+    for piece, weights, mask in zip(pieces, kept, masks, strict=True):
+        own, seen = _stacked(upstream, piece.own, groups, scratch, "upstream"), piece.of(key)[0]
+        stacked = _stacked(query, piece.own, groups, scratch, "query").mul_(scale)
+        if weights is None:
+            weights = _weights(stacked, seen, mask, scratch)
+        _give(into_value, piece, _product(weights.transpose(1, 2), own, scratch, "found"))
+        into_weights = _product(own, piece.of(value)[0].transpose(1, 2), scratch, "scores")
+        into_scores = scratch.take("into scores", weights.shape, weights)
+        torch.ops.aten._softmax_backward_data.out(into_weights, weights, -1, weights.dtype, grad_input=into_scores)
+        into_rows = _product(into_scores, seen, scratch, "found").mul_(scale)
+        into_query[0, :, piece.own] = into_rows.view(-1, piece.length, width)
+        _give(into_key, piece, _product(into_scores.transpose(1, 2), stacked, scratch, "found"))
+
+
+def _weights(scaled: Tensor, seen: Tensor, mask: Tensor, scratch: Scratch, place: Tensor | None = None) -> Tensor:
+    """P of queries (K, H / K * L, d), which are scaled already, and the keys that they see, (K, seen, d); at `place`, if any."""
+    scores = _product(scaled, seen.transpose(1, 2), scratch, "scores")
+    scores.view(-1, *mask.shape).add_(mask)
+    wide = scratch.take("wide", scores.shape, scores, torch.float32).copy_(scores)
+    weights = torch.softmax(wide, -1, out=scratch.take("weights, wide", scores.shape, scores, torch.float32))
+    return (scratch.take("weights", scores.shape, scores) if place is None else place).copy_(weights)
+
+
+def _product(one: Tensor, other: Tensor, scratch: Scratch, name: str) -> Tensor:
+    return torch.bmm(one, other, out=scratch.take(name, (len(one), one.shape[1], other.shape[2]), one))
 
 
 def _give(into: Tensor, piece: Piece, gradient: Tensor) -> None:
@@ -73,6 +139,7 @@ def _give(into: Tensor, piece: Piece, gradient: Tensor) -> None:
         into[0, :, piece.shared] += gradient[:, :shared]
 
 
-def _stacked(heads: Tensor, here: slice, groups: int) -> Tensor:
+def _stacked(heads: Tensor, here: slice, groups: int, scratch: Scratch, name: str) -> Tensor:
     """A copy of some tokens, the heads that share a key head one under the other: (K, H / K * L, d)."""
-    return heads[0, :, here].clone(memory_format=torch.contiguous_format).view(groups, -1, heads.shape[3])
+    some = heads[0, :, here]
+    return scratch.take(name, some.shape, some).copy_(some).view(groups, -1, heads.shape[3])

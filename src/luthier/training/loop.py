@@ -240,6 +240,7 @@ def accumulate(
         loss = inside(base, lambda batch=batch: loss_sum(base, batch, label_smoothing))  # type: ignore[misc]
         (loss * (counts * loss_scale / count)).backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach()) * counts
+        del loss  # and with it the graph, whose memory the next one takes
         tokens += sum(map(len, group)) if counts else 0
     return total / count, tokens
 

@@ -89,6 +89,10 @@ class DoRA(LowRank):
         """None: what the base makes of x is scaled first."""
         return None
 
+    def as_product(self, base: nn.Module) -> None:
+        """None, for the same reason."""
+        return None
+
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """m (W + s B A) / ||W + s B A||."""
         whole = weight + self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()

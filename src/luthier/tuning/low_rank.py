@@ -8,6 +8,7 @@ columns are computed as their transposes, with r rows: on a CPU four times faste
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.models.dense import product_weight
 from luthier.models.grafted import Delta
+from luthier.models.products import Plain, Product, plain
 from luthier.models.quantize import QuantizedLinear
 
 
@@ -37,23 +39,60 @@ class LowRank(Delta):
         """x: (..., in), y: (..., out), the base's output for x."""
         if self.dropout and torch.is_grad_enabled():
             x = F.dropout(x, self.dropout)
-        added: Tensor = _AddProduct.apply(x, y, *self._thin(x.dtype))
+        added: Tensor = _AddProduct.apply(x, y, *self.thin(x.dtype))
         return added
 
     def with_base(self, base: nn.Module, x: Tensor) -> Tensor | None:
         """The frozen linear and its product together; x: (..., in)."""
         if (self.dropout and torch.is_grad_enabled()) or not _frozen(base):
             return None
-        whole: Tensor = _TunedLinear.apply(x, *self._thin(x.dtype), base)
+        whole: Tensor = _TunedLinear.apply(x, *self.thin(x.dtype), base)
         return whole
 
-    def _thin(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        # The small matrices are cast to the activations' precision, never the other way round.
+    def as_product(self, base: nn.Module) -> Product | None:
+        """The frozen linear and its product together, for a block that writes its gradient out."""
+        linear = plain(base)
+        if linear is None or linear.trained or (self.dropout and torch.is_grad_enabled()):
+            return None
+        return _TunedProduct(linear, self)
+
+    def thin(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (r, in) and s B (out, r), cast to the precision of the activations, never the other way round."""
         return self.once(dtype, lambda: (self.lora_A.weight.to(dtype), (self.lora_B.weight * self.scale).to(dtype)))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """W + scale * B A."""
         return weight + self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float(), bias
+
+
+class _TunedProduct(Product):
+    """The formulas above, into tensors that are there already."""
+
+    reads = True
+
+    def __init__(self, linear: Plain, delta: LowRank):
+        self.linear, self.delta, self.width = linear, delta, linear.width
+        self.trained = delta.lora_A.weight, delta.lora_B.weight
+
+    def forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        """x: (T, in), out: (T, out)."""
+        self.linear.forward(x, out)
+        a, b = self.delta.thin(x.dtype)
+        low = a @ x.T  # (r, T)
+        out.addmm_(low.T, b.T)
+        return low, a, b
+
+    def backward(
+        self, upstream: Tensor, x: Tensor, kept: Sequence[Tensor], into: Tensor | None, add: bool = False
+    ) -> list[Tensor | None]:
+        """upstream: (T, out), x and into: (T, in)."""
+        low, a, b = kept
+        into_low = b.T @ upstream.T  # (r, T)
+        if into is not None:
+            self.linear.backward(upstream, x, (), into, add)
+            into.addmm_(into_low.T, a)
+        into_a, into_b = self.trained
+        return [(into_low @ x).to(into_a.dtype), (low @ upstream).T.to(into_b.dtype).mul_(self.delta.scale)]
 
 
 class _TunedLinear(torch.autograd.Function):

@@ -1,0 +1,82 @@
+"""Linears whose gradients a block writes out itself: without autograd, into tensors that are there already.
+
+    y = x W^T + b      dx = g W (+ what is in dx)      dW = g^T x      db = sum over rows of g
+
+All tensors are flat: x (T, in), y and g (T, out).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from luthier.models.dense import product_weight
+from luthier.models.quantize import QuantizedLinear
+
+
+class Product(ABC):
+    """A linear, tuned or not. `trained` are the tensors that `backward` gives gradients of, in its order."""
+
+    trained: tuple[Tensor, ...] = ()
+    # Whether `backward` reads x.
+    reads: bool = False
+    width: int  # of y
+
+    @abstractmethod
+    def forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        """Write y into `out`; returns what `backward` needs besides x."""
+
+    @abstractmethod
+    def backward(
+        self, upstream: Tensor, x: Tensor, kept: Sequence[Tensor], into: Tensor | None, add: bool = False
+    ) -> list[Tensor | None]:
+        """Write dx into `into`, where it is wanted, or add it to what is there; returns the gradients of `trained`."""
+
+
+class Plain(Product):
+    """A linear as it stands in the model: frozen, trained or in 4 bits."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.packed = isinstance(module, QuantizedLinear)
+        weight, self.bias = module._parameters["weight"], module._parameters.get("bias")
+        self.wanted = [one is not None and one.requires_grad for one in (weight, self.bias)]
+        self.reads = self.wanted[0]
+        self.width = int(module.nf if isinstance(module, Conv1D) else module.out_features)  # type: ignore[arg-type]
+        self.trained = tuple(one for one, wanted in zip((weight, self.bias), self.wanted, strict=True) if wanted)  # type: ignore[misc]
+
+    def forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        """x: (T, in), out: (T, out)."""
+        weight = product_weight(self.module, x.dtype).T
+        if self.bias is None:
+            torch.mm(x, weight, out=out)
+        else:
+            torch.addmm(self.bias, x, weight, out=out)
+        return ()
+
+    def backward(
+        self, upstream: Tensor, x: Tensor, kept: Sequence[Tensor], into: Tensor | None, add: bool = False
+    ) -> list[Tensor | None]:
+        """upstream: (T, out), x and into: (T, in)."""
+        if into is not None:
+            weight = product_weight(self.module, upstream.dtype)
+            if add:
+                into.addmm_(upstream, weight)
+            else:
+                torch.mm(upstream, weight, out=into)
+        found: list[Tensor | None] = []
+        if self.wanted[0]:
+            turned = isinstance(self.module, Conv1D)
+            found.append(x.T @ upstream if turned else upstream.T @ x)
+        if self.wanted[1]:
+            found.append(upstream.sum(0))
+        return found
+
+
+def plain(module: nn.Module) -> Plain | None:
+    """A linear of the model as a product; None for any other module, and where a hook waits for its call."""
+    if type(module) in (nn.Linear, Conv1D, QuantizedLinear) and not module._forward_hooks:
+        return Plain(module)
+    return None

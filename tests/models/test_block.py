@@ -1,0 +1,190 @@
+"""A decoder block as one function, against transformers' modules and autograd."""
+
+import copy
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from tests import tiny
+from tests.models.test_parity import rows_for
+
+from luthier.encoding.batches import collate
+from luthier.models import attention, block, written_out
+from luthier.models.base import BaseModel
+from luthier.models.loss import loss_sum
+from luthier.models.recompute import recomputed
+from luthier.tuning import METHODS, attach
+from luthier.tuning.method import parameters
+
+METHODS_HERE = {
+    "lora": {"method": "lora", "rank": 4, "alpha": 8},
+    "lora of some linears": {"method": "lora", "rank": 4, "targets": ["v_proj", "up_proj"]},
+    "norms": {"method": "selective", "targets": "layernorm"},
+    "biases": {"method": "selective", "targets": "bias"},
+    "some weights": {"method": "selective", "targets": ["*k_proj.weight", "*down_proj.weight"]},
+    "full": {"method": "full"},
+    "prompt": {"method": "prompt_tuning", "length": 3},
+}
+CASES = [
+    (family, name)
+    for family in ("llama", "mistral", "qwen2")
+    for name in METHODS_HERE
+    if name != "biases" or family == "qwen2"
+]
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each block ran as one function; here it does on any device, in any precision."""
+    found: list[bool] = []
+    original = block._pass
+
+    def counted(*args):
+        made = original(*args)
+        found.append(made is not None)
+        return made
+
+    monkeypatch.setattr(block, "_pass", counted)
+    monkeypatch.setattr(attention, "_is_written_out", lambda *_: True)
+    return found
+
+
+def prepared(family: str, settings: dict, dtype: torch.dtype = torch.float32, quantize=None) -> BaseModel:
+    base = tiny.make(family, dtype, quantize=quantize)
+    attach(base, "t", TypeAdapter(METHODS[settings["method"]]).validate_python(settings), 0)
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in parameters(base, "t").values():
+            parameter.add_(torch.randn(parameter.shape, generator=draw).to(parameter) * 0.05)
+    base.use("t")
+    return base
+
+
+def run(base: BaseModel, fork: bool = True) -> dict[str, torch.Tensor]:
+    owned = parameters(base, "t")
+    batch = collate(rows_for(base), None, fork).to(base.device)
+    loss = loss_sum(base, batch)
+    gradients = torch.autograd.grad(loss, list(owned.values()))
+    return {"loss": loss.detach(), **dict(zip(owned, gradients, strict=True))}
+
+
+def through_modules(base: BaseModel, monkeypatch: pytest.MonkeyPatch, fork: bool = True) -> dict[str, torch.Tensor]:
+    with monkeypatch.context() as patch:
+        patch.setattr(block, "_pass", lambda *args: None)
+        return run(base, fork)
+
+
+def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    for name, one in expected.items():
+        assert (found[name].float() - one.float()).norm() <= tolerance * one.float().norm() + 1e-7, name
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_loss_and_gradients_are_those_of_the_modules(family: str, name: str, passes, monkeypatch) -> None:
+    base = prepared(family, METHODS_HERE[name])
+    found = run(base)
+    assert passes == [True] * base.blocks
+    expected = through_modules(base, monkeypatch)
+    assert all(one.norm() > 0 for one in expected.values())
+    close(found, expected, 1e-5)
+
+
+def test_on_a_base_in_4_bits(passes, monkeypatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = prepared("llama", METHODS_HERE["lora"], quantize="nf4")
+    found = run(base)
+    assert passes == [True] * base.blocks
+    close(found, through_modules(base, monkeypatch), 1e-5)
+
+
+def test_in_bfloat16_it_is_as_near_to_float32_as_the_modules_are(passes, monkeypatch) -> None:
+    base, exact = (prepared("llama", METHODS_HERE["lora"], dtype) for dtype in (torch.bfloat16, torch.float32))
+    # The same numbers in both: what bfloat16 holds.
+    exact.model.load_state_dict({name: one.float() for name, one in base.model.state_dict().items()})
+    truth = through_modules(exact, monkeypatch)
+
+    def error(found: dict[str, torch.Tensor]) -> float:
+        return sum(
+            float((found[name].float() - one).square().sum() / one.square().sum()) for name, one in truth.items()
+        )
+
+    own, theirs = error(run(base)), error(through_modules(base, monkeypatch))
+    assert passes == [True] * base.blocks
+    assert 0 < own < 1.5 * theirs
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("name", ["lora", "prompt"])
+def test_forward_it_rounds_where_the_modules_round(family: str, name: str, passes, monkeypatch) -> None:
+    base = prepared(family, METHODS_HERE[name], torch.bfloat16)
+    assert torch.equal(run(base)["loss"], through_modules(base, monkeypatch)["loss"]) and any(passes)
+
+
+def test_weights_of_long_rows_are_computed_again_to_the_same_bits(passes, monkeypatch) -> None:
+    base = prepared("llama", METHODS_HERE["lora"])
+    kept = run(base)
+    monkeypatch.setattr(written_out, "KEPT_TO", 0)
+    again = run(base)
+    assert all(torch.equal(again[name], one) for name, one in kept.items())
+
+
+def test_a_pass_leaves_the_numbers_of_another_alone(passes) -> None:
+    """Two losses before either goes back: what blocks share is not what they keep."""
+    base = prepared("llama", METHODS_HERE["lora"])
+    owned = list(parameters(base, "t").values())
+    alone = run(base)
+    rows = rows_for(base), rows_for(base, count=3, seed=1)
+    first, second = (loss_sum(base, collate(some, None, True)) for some in rows)
+    torch.autograd.grad(second, owned)
+    found = torch.autograd.grad(first, owned)
+    close(
+        dict(zip(parameters(base, "t"), found, strict=True)),
+        {name: alone[name] for name in parameters(base, "t")},
+        1e-6,
+    )
+
+
+def test_checkpointed_it_gives_the_same_bits(passes, monkeypatch) -> None:
+    base = prepared("llama", METHODS_HERE["lora"])
+    plain = run(base)
+    forward, computed = block._Pass.forward, []
+    monkeypatch.setattr(block._Pass, "forward", lambda self, x: computed.append(self) or forward(self, x))
+    with recomputed(base.model):
+        again = run(base)
+    assert len(computed) == 2 * base.blocks and all(passes), "once forward, and again on the way back"
+    assert all(torch.equal(again[name], one) for name, one in plain.items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "ia3"},
+        {"method": "bottleneck"},
+        {"method": "lora", "dora": True},
+        {"method": "lora", "dropout": 0.1},
+        {"method": "prefix_tuning", "length": 3},
+    ],
+    ids=lambda one: "-".join(map(str, one.values())),
+)
+def test_what_it_has_no_gradient_of_runs_through_the_modules(settings: dict, passes) -> None:
+    base = prepared("llama", settings)
+    run(base, fork=False)
+    assert passes and not any(passes)
+
+
+def test_a_copied_model_runs_its_own_modules(passes, monkeypatch) -> None:
+    base = prepared("llama", METHODS_HERE["norms"])
+    other = BaseModel(copy.deepcopy(base.model), base.tokenizer)
+    attach(other, "t", TypeAdapter(METHODS["selective"]).validate_python(METHODS_HERE["norms"]), 0)
+    other.use("t")
+    close(run(other), run(base), 1e-6)
+    close(through_modules(other, monkeypatch), through_modules(base, monkeypatch), 1e-6)
+
+
+def test_hooks_in_a_block_are_called(passes) -> None:
+    base = prepared("llama", METHODS_HERE["prompt"])
+    called: list[str] = []
+    hook = base.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: called.append("up"))
+    run(base)
+    hook.remove()
+    assert called == ["up"] and passes == [False] + [True] * (base.blocks - 1)
