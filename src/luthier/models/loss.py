@@ -17,7 +17,7 @@ from luthier.models.batch import Batch
 from luthier.models.frozen import target_states
 
 # Rows of the head's product computed at once: (CHUNK, vocabulary) floats are the largest tensor alive.
-CHUNK = 256
+CHUNK = 128
 
 
 def loss_sum(base: BaseModel, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
@@ -44,6 +44,24 @@ def _chunk(base: BaseModel, targets: int) -> int:
     return CHUNK if len(base.grafts.route.parts) == 1 else max(1, targets)
 
 
+def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """The summed loss of logits (N, V), and its gradient where it is wanted: softmax - (1 - e) one-hot - e / V, computed in fp32."""
+    wide = logits.float() if logits.dtype != torch.float32 else logits.clone()
+    rows, size = torch.arange(len(labels), device=labels.device), wide.shape[1]
+    wide -= wide.amax(1, keepdim=True)
+    chosen = wide[rows, labels]
+    mean = wide.mean(1) if smoothing else chosen
+    sums = wide.exp_().sum(1)
+    loss = (sums.log() - (1 - smoothing) * chosen - smoothing * mean).sum()
+    if not wanted:
+        return loss, None
+    wide.div_(sums[:, None])
+    if smoothing:
+        wide -= smoothing / size
+    wide[rows, labels] -= 1 - smoothing
+    return loss, wide.to(logits.dtype)
+
+
 class _HeadLoss(torch.autograd.Function):
     """Computes gradients chunk by chunk while the logits are at hand, so nothing is kept or redone."""
 
@@ -59,11 +77,11 @@ class _HeadLoss(torch.autograd.Function):
         for chunk, targets in zip(states.split(size), labels.split(size), strict=True):
             with torch.set_grad_enabled(wanted):
                 piece = chunk.detach().requires_grad_(wanted)
-                logits = base.logits(piece).float()
-                loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-            total += loss.detach()
+                logits = base.logits(piece)
+            loss, into_logits = _cross_entropy(logits.detach(), targets, smoothing, wanted)
+            total += loss
             if wanted:
-                first, *rest = torch.autograd.grad(loss, [piece, *weights])
+                first, *rest = torch.autograd.grad(logits, [piece, *weights], into_logits)
                 into_states.append(first)
                 for sum_, more in zip(into_weights, rest, strict=True):
                     sum_ += more
