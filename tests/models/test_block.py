@@ -137,11 +137,8 @@ def test_a_pass_leaves_the_numbers_of_another_alone(passes) -> None:
     first, second = (loss_sum(base, collate(some, None, True)) for some in rows)
     torch.autograd.grad(second, owned)
     found = torch.autograd.grad(first, owned)
-    close(
-        dict(zip(parameters(base, "t"), found, strict=True)),
-        {name: alone[name] for name in parameters(base, "t")},
-        1e-6,
-    )
+    for name, one in zip(parameters(base, "t"), found, strict=True):
+        assert (one - alone[name]).norm() <= 1e-6 * alone[name].norm(), name
 
 
 def test_checkpointed_it_gives_the_same_bits(passes, monkeypatch) -> None:
@@ -177,14 +174,21 @@ def test_a_copied_model_runs_its_own_modules(passes, monkeypatch) -> None:
     other = BaseModel(copy.deepcopy(base.model), base.tokenizer)
     attach(other, "t", TypeAdapter(METHODS["selective"]).validate_python(METHODS_HERE["norms"]), 0)
     other.use("t")
-    close(run(other), run(base), 1e-6)
-    close(through_modules(other, monkeypatch), through_modules(base, monkeypatch), 1e-6)
+    with torch.no_grad():
+        for one in base.model.parameters():
+            one.zero_()  # what the copy runs is its own
+    own, through = run(other), through_modules(other, monkeypatch)
+    assert own["loss"] != 0 and all(one.isfinite().all() and one.norm() > 0 for one in own.values())
+    for name, one in through.items():
+        assert (own[name] - one).norm() <= 1e-5 * one.norm(), name
 
 
-def test_hooks_in_a_block_are_called(passes) -> None:
-    base = prepared("llama", METHODS_HERE["prompt"])
+@pytest.mark.parametrize("place", ["mlp", "self_attn", "input_layernorm", "mlp.up_proj", "self_attn.v_proj"])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_in_a_block_are_called(place: str, kind: str, passes) -> None:
+    base = prepared("llama", {"method": "lora", "targets": ["v_proj"]})  # whose module is a graft
     called: list[str] = []
-    hook = base.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: called.append("up"))
+    hook = getattr(base.model.model.layers[0].get_submodule(place), kind)(lambda *_: called.append(place))
     run(base)
     hook.remove()
-    assert called == ["up"] and passes == [False] + [True] * (base.blocks - 1)
+    assert called == [place] and passes == [False] + [True] * (base.blocks - 1)

@@ -9,7 +9,7 @@ block only stands in memory that all blocks share, and what is kept in one alloc
 transformers' modules round, so that a tuning with a part that runs through these has the very bits of one that does not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, chain, pairwise
 from types import MethodType
 from typing import Any
@@ -21,8 +21,8 @@ from luthier.models.attention import written_out_masks
 from luthier.models.grafted import Grafted
 from luthier.models.norms import is_rms_norm, norm_again, norm_backward, norm_forward, norm_weight_backward
 from luthier.models.packing import Packing
-from luthier.models.products import Product, plain
-from luthier.models.rotary import rotate, rotate_back
+from luthier.models.products import Product, hooked, plain
+from luthier.models.rotary import rotate
 from luthier.models.scratch import Scratch
 from luthier.models.written_out import attend_backward, attend_forward, kept_size
 
@@ -48,9 +48,8 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Ten
     def run(x: Tensor) -> Tensor:
         return _Block.apply(x, block, *block.trained)  # type: ignore[no-any-return]
 
-    if (
-        self.gradient_checkpointing and self.training
-    ):  # transformers looks at this in the forward that stands here no more
+    # transformers' forward looks at this; it is not the one that runs here.
+    if self.gradient_checkpointing and self.training:
         return self._gradient_checkpointing_func(run, hidden_states)  # type: ignore[no-any-return]
     return run(hidden_states)
 
@@ -61,7 +60,7 @@ def _pass(block: Any, x: Tensor, packing: Packing | None, positions: Any) -> "_P
     norms = block.input_layernorm, block.post_attention_layernorm
     if packing is None or positions is None or x.shape[0] != 1 or not all(map(is_rms_norm, norms)):
         return None
-    if isinstance(attention, Grafted) or isinstance(mlp, Grafted):
+    if isinstance(attention, Grafted) or isinstance(mlp, Grafted) or any(map(hooked, (attention, mlp, *norms))):
         return None
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     masks = written_out_masks(packing, window, x)
@@ -71,14 +70,15 @@ def _pass(block: Any, x: Tensor, packing: Packing | None, positions: Any) -> "_P
     products = [_product(one) for one in (*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
     if not all(products):
         return None
-    scratch = (
-        block._luthier_scratch if torch.is_grad_enabled() else Scratch()
-    )  # who does not train has no use for memory that stays
+    # Who does not train has no use for memory that stays.
+    scratch = block._luthier_scratch if torch.is_grad_enabled() else Scratch()
     return _Pass(products, norms, packing, masks, positions, attention.head_dim, attention.scaling, scratch)  # type: ignore[arg-type]
 
 
 def _product(module: nn.Module) -> Product | None:
-    return module.as_product() if isinstance(module, Grafted) else plain(module)
+    if not isinstance(module, Grafted):
+        return plain(module)
+    return None if hooked(module) else module.as_product()
 
 
 class _Pass:
@@ -114,9 +114,9 @@ class _Pass:
 
         n, first = norm_forward(x, *self._norm(0), self.scratch, self._take("n", x, width))
         by_query = query.forward(n, straight := self._take("straight", x, heads))
-        self._turn(rotate, straight, q)
+        self._turn(straight, self.sin, q)
         by_key = key.forward(n, straight := self._take("straight", x, groups))
-        self._turn(rotate, straight, k)
+        self._turn(straight, self.sin, k)
         by_value = value.forward(n, v)
         three, by_token = (self._heads(q), self._heads(k), self._heads(v)), self._by_token(mixed)
         weights = attend_forward(*three, self.packing.pieces, self.masks, self.scale, by_token, room, self.scratch)
@@ -148,8 +148,9 @@ class _Pass:
         by_token = self._by_token(into_mixed)
         attend_backward(by_token, *three, weights, pieces, self.masks, self.scale, gradients, self.scratch)
         into_q, into_k = self._take("straight", x, q.shape[1]), self._take("straight too", x, k.shape[1])
-        self._turn(rotate_back, into[0], into_q)
-        self._turn(rotate_back, into[1], into_k)
+        back = -self.sin
+        self._turn(into[0], back, into_q)
+        self._turn(into[1], back, into_k)
 
         into_x, by_first, by_three = self._queries_backward((into_q, into_k, into[2]), x, first, kept[:3], wanted)
         if into_x is not None:
@@ -209,9 +210,9 @@ class _Pass:
         """(T, H d) as (1, H, T, d)."""
         return self._by_token(flat).transpose(1, 2)
 
-    def _turn(self, how: Callable[..., Tensor], flat: Tensor, out: Tensor) -> None:
+    def _turn(self, flat: Tensor, sin: Tensor, out: Tensor) -> None:
         part = self.scratch.take("part", (len(flat), flat.shape[1] // self.width, self.width // 2), flat)
-        how(self._by_token(flat)[0], self.cos, self.sin, self._by_token(out)[0], part)
+        rotate(self._by_token(flat)[0], self.cos, sin, self._by_token(out)[0], part)
 
 
 class _Block(torch.autograd.Function):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from luthier.models.products import Product, plain
+from luthier.models.products import Product, apply_alone, plain
 
 EVERYTHING = slice(None)
 
@@ -56,12 +56,8 @@ class Delta(nn.Module):
         found: Derived = known[id(self), key]
         return found
 
-    def with_base(self, base: nn.Module, x: Tensor) -> Tensor | None:
-        """f(x, base(x)) in one step, where this delta has one for such a module; else None."""
-        return None
-
     def as_product(self, base: nn.Module) -> Product | None:
-        """The linear and this delta as one product whose gradient is written out; None where there is none."""
+        """f(x, base(x)) as one product whose gradient is written out, where this delta has one for such a module; else None."""
         return None
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
@@ -99,8 +95,8 @@ class Grafted(nn.Module):
             delta = self.delta(parts[0][0])
             if delta is None:
                 return self.base(x)
-            if (whole := delta.with_base(self.base, x)) is not None:
-                return whole
+            if (product := delta.as_product(self.base)) is not None:
+                return apply_alone(product, x)
             y = self.base(delta.enter(x) if delta.changes_input else x)
             return delta(x, y)
         deltas = [self.delta(name) for name, _ in parts]

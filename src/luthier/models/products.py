@@ -7,6 +7,7 @@ All tensors are flat: x (T, in), y and g (T, out).
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +76,36 @@ class Plain(Product):
         return found
 
 
+class _Alone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, product: Product, *trained: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)
+        out = flat.new_empty(len(flat), product.width)
+        ctx.save_for_backward(flat if product.reads else None, *product.forward(flat, out))
+        ctx.product, ctx.shape = product, x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        flat, *kept = ctx.saved_tensors
+        upstream = outputs[0].flatten(0, -2)
+        into = upstream.new_empty(len(upstream), ctx.shape[-1]) if ctx.needs_input_grad[0] else None
+        found = ctx.product.backward(upstream, flat, kept, into)
+        return None if into is None else into.view(ctx.shape), None, *found
+
+
+def apply_alone(product: Product, x: Tensor) -> Tensor:
+    """A product outside of a block, for autograd: x (..., in) to (..., out)."""
+    return _Alone.apply(x, product, *product.trained)  # type: ignore[no-any-return]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether someone waits for a module's call, so that it has to be called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def plain(module: nn.Module) -> Plain | None:
-    """A linear of the model as a product; None for any other module, and where a hook waits for its call."""
-    if type(module) in (nn.Linear, Conv1D, QuantizedLinear) and not module._forward_hooks:
-        return Plain(module)
-    return None
+    """A linear of the model as a product; None for any other module, and for one with hooks."""
+    return Plain(module) if type(module) in (nn.Linear, Conv1D, QuantizedLinear) and not hooked(module) else None

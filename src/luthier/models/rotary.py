@@ -1,6 +1,6 @@
 """Rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864) in transformers' layout: channel i turns with i + d/2.
 
-    y1 = x1 cos - x2 sin      y2 = x2 cos + x1 sin            the gradient turns back: sin with the other sign
+    y1 = x1 cos - x2 sin      y2 = x2 cos + x1 sin            the gradient turns back: -sin in the place of sin
 
 Each product is rounded before the sum, as transformers' are.
 """
@@ -15,13 +15,4 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, part: Tensor) -> Te
     first, second, cos, sin = x[..., :half], x[..., half:], cos[..., :half], sin[..., :half]
     torch.mul(first, cos, out=out[..., :half]).sub_(torch.mul(second, sin, out=part))
     torch.mul(second, cos, out=out[..., half:]).add_(torch.mul(first, sin, out=part))
-    return out
-
-
-def rotate_back(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, part: Tensor) -> Tensor:
-    """The gradient of what was rotated, from that of the result; shapes as for `rotate`."""
-    half = x.shape[-1] // 2
-    first, second, cos, sin = x[..., :half], x[..., half:], cos[..., :half], sin[..., :half]
-    torch.mul(first, cos, out=out[..., :half]).add_(torch.mul(second, sin, out=part))
-    torch.mul(second, cos, out=out[..., half:]).sub_(torch.mul(first, sin, out=part))
     return out

@@ -21,7 +21,3 @@ class Scratch:
             self._flat.pop(key, None)
             flat = self._flat[key] = torch.empty(size, dtype=key[2], device=like.device)
         return flat[:size].view(shape)
-
-    def clear(self) -> None:
-        """Give all of it back."""
-        self._flat.clear()

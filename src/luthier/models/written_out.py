@@ -4,8 +4,8 @@
     dV = P^T g      dP = g V^T      dS = P * (dP - rowsum(dP * P))      dQ = s dS K      dK = s dS^T Q
 
 The softmax is in fp32, as transformers' is. P is kept for the backward pass where it is small beside what the rest of a block
-keeps, and computed again where it is not: it grows with the square of a row. One function for all pieces, because the gradient of a slice is a tensor of the
-whole size; heads that share a key head stand one under the other, in one product with it.
+keeps, and computed again where it is not: it grows with the square of a row. One function for all pieces, because the gradient
+of a slice is a tensor of the whole size; heads that share a key head stand one under the other, in one product with it.
 """
 
 from collections.abc import Sequence

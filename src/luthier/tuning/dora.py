@@ -85,12 +85,8 @@ class DoRA(LowRank):
         turned = F.linear(low, (self.lora_B.weight * (self.scale * ratio)[:, None]).to(x.dtype))
         return y + (ratio - 1).to(y.dtype) * plain + turned
 
-    def with_base(self, base: nn.Module, x: Tensor) -> Tensor | None:
-        """None: what the base makes of x is scaled first."""
-        return None
-
     def as_product(self, base: nn.Module) -> None:
-        """None, for the same reason."""
+        """None: what the base makes of x is scaled first."""
         return None
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:

@@ -3,7 +3,7 @@
     y = x W^T + b + l B^T,   l = x A^T              (s is in B)
     dx = g W + h A,   h = g B,   dA = h^T x,   dB = g^T l        with g the upstream gradient, rows flat
 
-One function for the frozen linear and its product keeps x and l alone and adds into what is there. Products that leave r
+One function (`_TunedProduct`) for the frozen linear and its product keeps x and l alone and adds into what is there. Products that leave r
 columns are computed as their transposes, with r rows: on a CPU four times faster.
 """
 
@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from luthier.models.dense import product_weight
 from luthier.models.grafted import Delta
 from luthier.models.products import Plain, Product, plain
-from luthier.models.quantize import QuantizedLinear
 
 
 class LowRank(Delta):
@@ -42,15 +40,8 @@ class LowRank(Delta):
         added: Tensor = _AddProduct.apply(x, y, *self.thin(x.dtype))
         return added
 
-    def with_base(self, base: nn.Module, x: Tensor) -> Tensor | None:
-        """The frozen linear and its product together; x: (..., in)."""
-        if (self.dropout and torch.is_grad_enabled()) or not _frozen(base):
-            return None
-        whole: Tensor = _TunedLinear.apply(x, *self.thin(x.dtype), base)
-        return whole
-
     def as_product(self, base: nn.Module) -> Product | None:
-        """The frozen linear and its product together, for a block that writes its gradient out."""
+        """The frozen linear and its product together."""
         linear = plain(base)
         if linear is None or linear.trained or (self.dropout and torch.is_grad_enabled()):
             return None
@@ -66,7 +57,7 @@ class LowRank(Delta):
 
 
 class _TunedProduct(Product):
-    """The formulas above, into tensors that are there already."""
+    """x W^T + b + x A^T B^T for a frozen linear."""
 
     reads = True
 
@@ -95,30 +86,6 @@ class _TunedProduct(Product):
         return [(into_low @ x).to(into_a.dtype), (low @ upstream).T.to(into_b.dtype).mul_(self.delta.scale)]
 
 
-class _TunedLinear(torch.autograd.Function):
-    """x W^T + b + x A^T B^T for a frozen linear; x: (..., in), A: (r, in), B: (out, r)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Module) -> Tensor:
-        flat = x.flatten(0, -2)
-        y: Tensor = base(flat)
-        low = a @ flat.T  # (r, T)
-        ctx.save_for_backward(flat, low, a, b)
-        ctx.base, ctx.shape = base, x.shape
-        return y.addmm_(low.T, b.T).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> Any:
-        (upstream,) = outputs
-        x, low, a, b = ctx.saved_tensors
-        wanted_x, wanted_a, wanted_b, _ = ctx.needs_input_grad
-        flat, into_x = upstream.flatten(0, -2), None
-        into_low = b.T @ flat.T  # (r, T)
-        if wanted_x:
-            into_x = (flat @ product_weight(ctx.base, flat.dtype)).addmm_(into_low.T, a).view(ctx.shape)
-        return into_x, into_low @ x if wanted_a else None, (low @ flat).T if wanted_b else None, None
-
-
 class _AddProduct(torch.autograd.Function):
     """y + x A^T B^T beside any module; x: (..., in), y: (..., out), A: (r, in), B: (out, r)."""
 
@@ -141,12 +108,6 @@ class _AddProduct(torch.autograd.Function):
             into_low @ x.flatten(0, -2) if wanted_a else None,
             (low @ flat).T if wanted_b else None,
         )
-
-
-def _frozen(module: nn.Module) -> bool:
-    """Whether a module is a linear without a part that is trained."""
-    plain = type(module) in (nn.Linear, Conv1D, QuantizedLinear)
-    return plain and not any(one.requires_grad for one in module.parameters())
 
 
 def features(module: nn.Module) -> tuple[int, int]:
