@@ -4,6 +4,7 @@ import torch
 
 from luthier.models.base import BaseModel
 from luthier.models.batch import Batch, Packed
+from luthier.models.run import target_states
 
 
 @torch.no_grad()
@@ -22,4 +23,4 @@ def all_logits(base: BaseModel, inputs: dict[str, torch.Tensor], mask: torch.Ten
         count = len(source.ids)
         owners = torch.arange(2).repeat_interleave(torch.tensor(source.lengths))
         batch = Batch(("a", "b"), source, torch.arange(count), source.ids, owners)
-    return base.logits(base.target_states(batch))
+    return base.logits(target_states(base, batch))

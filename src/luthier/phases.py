@@ -25,6 +25,7 @@ from luthier.models.ledger import Ledger
 from luthier.models.loss import label_scores, loss_sum
 from luthier.models.quantize import QuantizedLinear
 from luthier.models.recompute import recomputed
+from luthier.models.run import encode
 from luthier.training.optimizer import Kind, Optimizer, bucket_keys, master_bytes, state_bytes
 from luthier.training.settings import TrainingSettings
 from luthier.work import Work
@@ -194,7 +195,7 @@ def _read_prompts(base: BaseModel, rows: list[list[int]]) -> None:
     """Run prompts as padded decoding does at its start, without the cache."""
     if base.encoder_decoder:
         flat = torch.tensor([token for row in rows for token in row], device=base.device)
-        base.encode(Packed(flat, tuple(map(len, rows))), ())
+        encode(base, Packed(flat, tuple(map(len, rows))), ())
     else:
         label_scores(base, _batch(base, [Encoded("", row, [0]) for row in rows]))
 

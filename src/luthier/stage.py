@@ -73,7 +73,7 @@ def run_stage(
         progress.say("loading the base")
         ranks.sharded = ranks.size > 1 and _settings(recipe, name).shard
         base = BaseModel.load(recipe.base, torch.device("cpu") if ranks.sharded else device)
-        if not base.packs:
+        if base.pads:
             progress.say(f"{base.family} has no packed path here: rows run padded, sorted by length")
         ranks.agree("base model", base.fingerprint())
         ranks.agree("version of torch and precision", [torch.__version__, str(base.dtype)])
@@ -218,7 +218,7 @@ def _describe(base: BaseModel) -> dict[str, Any]:
         "quantized": base.quantized,
         "device": str(base.device),
         "fingerprint": base.fingerprint(),
-        "packed": base.packs,
+        "packed": not base.pads,
     }
 
 

@@ -47,7 +47,7 @@ class Work:
         steps: list[list[Encoded]] = []
         tokens, said = 0, ""
         if isinstance(method, Method):
-            steps, tokens, said = _training(recipe, name, tasks, encoder, reserve, not base.packs)
+            steps, tokens, said = _training(recipe, name, tasks, encoder, reserve, base.pads)
         chosen = recipe.tunings[method.of if isinstance(method, Interpolation) else name].tasks
         held = [one for task, each in tasks if not chosen or task.name in chosen for one in each.validation[:LOOKED_AT]]
         extra = _shots(method, tasks, encoder)
@@ -57,7 +57,7 @@ class Work:
         groups = micro_batches(
             [_longer(row, extra, encoder.max_length) for row in encode_all(encoder, held, reserve)],
             EVALUATION_TOKENS,
-            padded=not base.packs,
+            padded=base.pads,
         )
         apart = isinstance(method, FewShot) and method.selection == "similar"
         prompts, new_tokens = _prompts(tasks, encoder, reserve, extra, apart)

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from luthier.data.task import Example
 from luthier.encoding.batches import collate
 from luthier.encoding.encoder import Encoded, Encoder
+from luthier.models.run import target_states
 
 PAIRS = 1500
 SIGNS = "abcdefghij  \n\t.,:;!?'\"|{}()<>/\\0123456789éßøñ東京語नमस्ते🙂👩‍💻\u00a0\u200b\u2028ﬁ"
@@ -134,7 +135,7 @@ def test_padded_rows_give_the_states_before_their_labels() -> None:
     batch = collate(rows, None)
     base = tiny.make("opt")
     with torch.no_grad():
-        together = base.target_states(batch)
+        together = target_states(base, batch)
         alone = []
         for row in rows:
             ids = torch.tensor([row.prompt + row.target[:-1]])

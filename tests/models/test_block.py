@@ -1,4 +1,4 @@
-"""A decoder block as one function, against transformers' modules and autograd."""
+"""A block as one function, a decoder's and T5's, against transformers' modules and autograd."""
 
 import copy
 
@@ -6,13 +6,15 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from tests import tiny
-from tests.models.test_parity import rows_for
+from tests.models.test_parity import rows_for, start
 
 from luthier.encoding.batches import collate
-from luthier.models import attention, block, written_out
+from luthier.models import attention, written_out
 from luthier.models.base import BaseModel
+from luthier.models.families import llama, t5
 from luthier.models.loss import loss_sum
 from luthier.models.recompute import recomputed
+from luthier.models.sublayers import Attention
 from luthier.tuning import METHODS, attach
 from luthier.tuning.method import parameters
 
@@ -25,32 +27,41 @@ METHODS_HERE = {
     "full": {"method": "full"},
     "prompt": {"method": "prompt_tuning", "length": 3},
 }
-CASES = [
-    (family, name)
-    for family in ("llama", "mistral", "qwen2")
-    for name in METHODS_HERE
-    if name != "biases" or family == "qwen2"
-]
+# T5's linears are named otherwise.
+NAMES_IN_T5 = {"v_proj": "v", "up_proj": "wo", "*k_proj.weight": "*.k.weight", "*down_proj.weight": "*.wo.weight"}
+FAMILIES = ("llama", "mistral", "qwen2", "t5", "t5-gated")
+CASES = [(family, name) for family in FAMILIES for name in METHODS_HERE if name != "biases" or family == "qwen2"]
 
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each block ran as one function; here it does on any device, in any precision."""
     found: list[bool] = []
-    original = block._pass
+    for family in (llama, t5):
+        original = family._sublayers
 
-    def counted(*args):
-        made = original(*args)
-        found.append(made is not None)
-        return made
+        def counted(*args, original=original):
+            made = original(*args)
+            found.append(made is not None)
+            return made
 
-    monkeypatch.setattr(block, "_pass", counted)
+        monkeypatch.setattr(family, "_sublayers", counted)
     monkeypatch.setattr(attention, "_is_written_out", lambda *_: True)
-    return found
+    token = attention.stands_for.set("cpu")
+    monkeypatch.setattr(BaseModel, "_on_cpu", True)
+    yield found
+    attention.stands_for.reset(token)
+
+
+def blocks(base: BaseModel) -> int:
+    """Of both stacks, where there are two."""
+    return base.blocks * (2 if base.encoder_decoder else 1)
 
 
 def prepared(family: str, settings: dict, dtype: torch.dtype = torch.float32, quantize=None) -> BaseModel:
     base = tiny.make(family, dtype, quantize=quantize)
+    if base.encoder_decoder and "targets" in settings and isinstance(settings["targets"], list):
+        settings = settings | {"targets": [NAMES_IN_T5[one] for one in settings["targets"]]}
     attach(base, "t", TypeAdapter(METHODS[settings["method"]]).validate_python(settings), 0)
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -62,7 +73,7 @@ def prepared(family: str, settings: dict, dtype: torch.dtype = torch.float32, qu
 
 def run(base: BaseModel, fork: bool = True) -> dict[str, torch.Tensor]:
     owned = parameters(base, "t")
-    batch = collate(rows_for(base), None, fork).to(base.device)
+    batch = collate(rows_for(base), start(base), fork and not base.encoder_decoder).to(base.device)
     loss = loss_sum(base, batch)
     gradients = torch.autograd.grad(loss, list(owned.values()))
     return {"loss": loss.detach(), **dict(zip(owned, gradients, strict=True))}
@@ -70,7 +81,8 @@ def run(base: BaseModel, fork: bool = True) -> dict[str, torch.Tensor]:
 
 def through_modules(base: BaseModel, monkeypatch: pytest.MonkeyPatch, fork: bool = True) -> dict[str, torch.Tensor]:
     with monkeypatch.context() as patch:
-        patch.setattr(block, "_pass", lambda *args: None)
+        for family in (llama, t5):
+            patch.setattr(family, "_sublayers", lambda *args: None)
         return run(base, fork)
 
 
@@ -83,9 +95,22 @@ def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tol
 def test_loss_and_gradients_are_those_of_the_modules(family: str, name: str, passes, monkeypatch) -> None:
     base = prepared(family, METHODS_HERE[name])
     found = run(base)
-    assert passes == [True] * base.blocks
+    assert passes == [True] * blocks(base)
     expected = through_modules(base, monkeypatch)
     assert all(one.norm() > 0 for one in expected.values())
+    close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("family", tiny.ENCODER_DECODERS)
+@pytest.mark.parametrize("name", ["lora", "full", "prompt"])
+def test_t5_gives_what_padded_rows_give_through_transformers(family: str, name: str, passes, monkeypatch) -> None:
+    base = prepared(family, METHODS_HERE[name])
+    found = run(base)
+    assert passes == [True] * blocks(base)
+    monkeypatch.setattr(BaseModel, "packs_pairs", False)
+    base.model.set_attn_implementation("eager")
+    expected = run(base)
+    assert any("relative_attention_bias" in one for one in expected) == (name == "full")
     close(found, expected, 1e-5)
 
 
@@ -93,7 +118,7 @@ def test_on_a_base_in_4_bits(passes, monkeypatch) -> None:
     pytest.importorskip("bitsandbytes")
     base = prepared("llama", METHODS_HERE["lora"], quantize="nf4")
     found = run(base)
-    assert passes == [True] * base.blocks
+    assert passes == [True] * blocks(base)
     close(found, through_modules(base, monkeypatch), 1e-5)
 
 
@@ -109,11 +134,11 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_the_modules_are(passes, monkeyp
         )
 
     own, theirs = error(run(base)), error(through_modules(base, monkeypatch))
-    assert passes == [True] * base.blocks
+    assert passes == [True] * blocks(base)
     assert 0 < own < 1.5 * theirs
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["lora", "prompt"])
 def test_forward_it_rounds_where_the_modules_round(family: str, name: str, passes, monkeypatch) -> None:
     base = prepared(family, METHODS_HERE[name], torch.bfloat16)
@@ -144,8 +169,8 @@ def test_a_pass_leaves_the_numbers_of_another_alone(passes) -> None:
 def test_checkpointed_it_gives_the_same_bits(passes, monkeypatch) -> None:
     base = prepared("llama", METHODS_HERE["lora"])
     plain = run(base)
-    forward, computed = block._Pass.forward, []
-    monkeypatch.setattr(block._Pass, "forward", lambda self, x: computed.append(self) or forward(self, x))
+    forward, computed = Attention.forward, []
+    monkeypatch.setattr(Attention, "forward", lambda self, x: computed.append(self) or forward(self, x))
     with recomputed(base.model):
         again = run(base)
     assert len(computed) == 2 * base.blocks and all(passes), "once forward, and again on the way back"

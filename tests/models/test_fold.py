@@ -16,6 +16,7 @@ from luthier.models.base import BaseModel
 from luthier.models.export import merged_weights, requantize, write_model
 from luthier.models.grafted import Delta
 from luthier.models.load import BaseSpec
+from luthier.models.run import target_states
 from luthier.tuning import Full, LoRA, Method, PromptTuning, attach, detach, parameters
 
 METHODS: dict[str, Method] = {"lora": LoRA(rank=2, alpha=4), "full": Full()}
@@ -45,7 +46,7 @@ def plain_logits(folder: Path, row: Encoded, encoder_decoder: bool) -> Tensor:
 
 def our_logits(base: BaseModel, row: Encoded) -> Tensor:
     with torch.no_grad():
-        return base.logits(base.target_states(batch_of(base, [row])))
+        return base.logits(target_states(base, batch_of(base, [row])))
 
 
 @each_family

@@ -8,8 +8,10 @@ from tests import tiny
 
 from luthier.encoding.batches import collate
 from luthier.encoding.encoder import Encoded
+from luthier.models import generate as generating
 from luthier.models.decoding import Decoding, narrowed
 from luthier.models.generate import batches_by_length, generate
+from luthier.models.run import target_states
 from luthier.tuning import IA3, Bottleneck, LoRA, PrefixTuning, PromptTuning, Selective, attach, parameters
 from luthier.tuning.dora import DoRA
 
@@ -75,7 +77,7 @@ def slow(base, prompt: list[int], new_tokens: int, stop: int) -> list[int]:
         row = Encoded("row", prompt, [*written, 0])  # the label is not used
         with torch.no_grad():
             batch = collate([row], base.decoder_start if base.encoder_decoder else None).to(base.device)
-            states = base.target_states(batch)
+            states = target_states(base, batch)
             token = int(base.logits(states[-1:]).argmax())
         if token == stop:
             break
@@ -124,8 +126,8 @@ def test_what_prompts_share_is_computed_once(family: str, name: str | None, monk
             for parameter in parameters(base, name).values():
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     base.use(name)
-    run, sizes = base.run_packed, []
-    monkeypatch.setattr(base, "run_packed", lambda *given: sizes.append(given[0].shape[1]) or run(*given))
+    run, sizes = generating.run_packed, []
+    monkeypatch.setattr(generating, "run_packed", lambda *given: sizes.append(given[1].shape[1]) or run(*given))
     found = generate(base, prompts, 8, [2])
     assert sizes[0] >= len(shots) and sizes[1] == sum(len(prompt) - len(shots) for prompt in prompts)
     assert found == [slow(base, prompt, 8, 2) for prompt in prompts]
@@ -166,7 +168,7 @@ def test_draws_have_the_models_probabilities() -> None:
     base = tiny.make("llama")
     prompt = prompts_for(base.embedding.weight.shape[0], 1)[0]
     with torch.no_grad():
-        state = base.target_states(collate([Encoded("row", prompt, [0])], None).to(base.device))
+        state = target_states(base, collate([Encoded("row", prompt, [0])], None).to(base.device))
         logits = base.logits(state[-1:])
     expected = narrowed(logits / 2.0, 5, 1.0)[0].cpu()
     drawn = generate(base, [prompt] * 600, 1, [], batch_rows=300, decoding=Decoding(temperature=2.0, top_k=5))

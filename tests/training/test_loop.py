@@ -14,6 +14,7 @@ from luthier.encoding.order import Mixed, Shuffled, Stream, step_rows
 from luthier.errors import Interrupted, UserError
 from luthier.models.base import BaseModel
 from luthier.models.loss import label_scores
+from luthier.models.run import target_states
 from luthier.training.checkpoint import read_checkpoint
 from luthier.training.loop import Validation, train
 from luthier.training.optimizer import Optimizer, scattered
@@ -79,7 +80,7 @@ def test_training_equals_a_plain_loop(family: str, tmp_path: Path) -> None:
         count = sum(len(row.target) for row in batch)
         for row in batch:
             single = collate([row], twin.decoder_start if twin.encoder_decoder else None).to(twin.device)
-            logits = twin.logits(twin.target_states(single))
+            logits = twin.logits(target_states(twin, single))
             (torch.nn.functional.cross_entropy(logits, single.labels, reduction="sum") / count).backward()
         torch.nn.utils.clip_grad_norm_(owned, 0.5)
         for group in plain.param_groups:

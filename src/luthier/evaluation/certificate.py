@@ -15,6 +15,7 @@ from luthier.encoding.batches import collate, micro_batches
 from luthier.encoding.encoder import Encoded
 from luthier.errors import UserError
 from luthier.models.base import BaseModel
+from luthier.models.run import target_states
 
 # Both models' logits are alive at once: fewer tokens at a time than in scoring.
 _TOKENS, _CHUNK = 2048, 256
@@ -46,10 +47,10 @@ def drift(reference: BaseModel, candidate: BaseModel, rows: Sequence[Encoded]) -
     Raises UserError where the reference itself gives what is no number: nothing can be compared with it.
     """
     count, largest, divergence, flips, losses, broken = 0, 0.0, 0.0, 0, [0.0, 0.0], False
-    for group in micro_batches(rows, _TOKENS, padded=not reference.packs):
+    for group in micro_batches(rows, _TOKENS, padded=reference.pads):
         batch = collate(group, reference.decoder_start if reference.encoder_decoder else None)
         batch = batch.to(reference.device)
-        states = [model.target_states(batch).split(_CHUNK) for model in (reference, candidate)]
+        states = [target_states(model, batch).split(_CHUNK) for model in (reference, candidate)]
         for ours, theirs, labels in zip(*states, batch.labels.split(_CHUNK), strict=True):
             logits = [reference.logits(ours).float(), candidate.logits(theirs).float()]
             if not logits[0].isfinite().all():

@@ -38,7 +38,7 @@ class Prediction:
 def loss_and_accuracy(base: BaseModel, rows: Sequence[Encoded]) -> tuple[float, float]:
     """Mean cross-entropy (nats per target token) and next-token accuracy over all targets of the rows."""
     total, hits, count = 0.0, 0, 0
-    for group in micro_batches(rows, EVALUATION_TOKENS, padded=not base.packs):
+    for group in micro_batches(rows, EVALUATION_TOKENS, padded=base.pads):
         batch = collate(group, base.decoder_start if base.encoder_decoder else None, base.forks).to(base.device)
         scores, correct = label_scores(base, batch)
         total -= float(scores.double().sum())
@@ -50,7 +50,7 @@ def loss_and_accuracy(base: BaseModel, rows: Sequence[Encoded]) -> tuple[float, 
 def losses(base: BaseModel, rows: Sequence[Encoded], names: Sequence[str] = ("loss",)) -> dict[str, Score]:
     """The metrics that come from the model itself (loss, perplexity), over the targets of each row."""
     nats: dict[str, float] = {}
-    for group in micro_batches(rows, EVALUATION_TOKENS, padded=not base.packs):
+    for group in micro_batches(rows, EVALUATION_TOKENS, padded=base.pads):
         batch = collate(group, base.decoder_start if base.encoder_decoder else None, base.forks).to(base.device)
         scores, _ = label_scores(base, batch)
         for row, piece in zip(group, torch.split(scores, [len(row.labels) for row in group]), strict=True):

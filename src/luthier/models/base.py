@@ -5,7 +5,6 @@ head are, how logits are scaled, how rows are laid out. The head is applied at t
 """
 
 import hashlib
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import UserError
-from luthier.models import attention
+from luthier.models import attention, biased
 from luthier.models.allocator import give_back_freed_memory, keep_freed_memory
-from luthier.models.batch import Batch, Packed, Segment, row_parts, token_parts
 from luthier.models.fast_paths import quicken
 from luthier.models.grafted import Grafted
 from luthier.models.grafts import Grafts
@@ -28,10 +26,6 @@ from luthier.models.load import (
     resolve_device,
     resolve_dtype,
 )
-from luthier.models.noise import noisy
-from luthier.models.packing import Packing
-from luthier.models.padding import kept_index, owner_rows, pad, pad_index
-from luthier.models.prefix import Prefixes
 from luthier.models.quantize import QuantizedLinear, adopt_packed, is_packed, quantize_linears
 
 # Families whose rows may share one packed sequence; each passed the leakage test.
@@ -139,9 +133,29 @@ class BaseModel:
     @property
     def forks(self) -> bool:
         """Whether rows that begin alike are best laid out as one row with branches: on a CPU, with nothing drawn row by row."""
+        return self.packs and self._on_cpu and not self.embedding_noise and not self._prefixed
+
+    @property
+    def packs_pairs(self) -> bool:
+        """Whether the rows of an encoder-decoder run one after another in both stacks: on a CPU, through a base in one piece.
+
+        An accelerator has fewer launches padded; of a divided base the bias is in a block whose weights are not whole outside.
+        """
+        return self.family in biased.PACKED and self._on_cpu and not (self._prefixed or self.sharded)
+
+    @property
+    def pads(self) -> bool:
+        """Whether the rows of a batch run padded to the longest, through the tuning in use."""
+        return not (self.packs or self.packs_pairs)
+
+    @property
+    def _on_cpu(self) -> bool:
         where = attention.stands_for.get() if self.embedding.weight.is_meta else self.device.type
-        prefixed = self.grafts.name_of(0, ()) in self.grafts.prefixes
-        return self.packs and where == "cpu" and not self.embedding_noise and not prefixed
+        return where == "cpu"
+
+    @property
+    def _prefixed(self) -> bool:
+        return self.grafts.name_of(0, ()) in self.grafts.prefixes
 
     @property
     def decoder_start(self) -> int:
@@ -164,20 +178,6 @@ class BaseModel:
         """
         self.grafts.use(name, merged)
 
-    def target_states(self, batch: Batch) -> Tensor:
-        """Run a batch; return the states (N, D) that predict its labels."""
-        segments = batch.segments
-        if self.encoder_decoder:
-            return self.decode_targets(batch, *self.encode(batch.source, segments))
-        states, shift, index = self._run_decoder(batch.source, segments)
-        if segments:
-            self._route_targets(batch, segments)
-        targets = batch.targets
-        if index is not None:  # padded rows
-            return states.flatten(0, 1)[index[targets]]
-        # The rows of one forked row all stand behind its one prompt.
-        return states[0][targets + (shift[batch.owners] if len(shift) > 1 else shift)]
-
     def logits(self, states: Tensor) -> Tensor:
         """Apply the head: (N, D) states to (N, vocabulary) logits, scaled and capped as the model does."""
         config = self.config
@@ -199,125 +199,6 @@ class BaseModel:
         head = self.model.get_output_embeddings()
         reached = head.active_parameters() if isinstance(head, Grafted) else head.parameters()
         return [parameter for parameter in reached if parameter.requires_grad]
-
-    def embed(self, packed: Packed, segments: tuple[Segment, ...]) -> tuple[Tensor, tuple[int, ...], Tensor]:
-        """Embed rows with their soft prompts in front: (T', D), new lengths, and the shift of each row's tokens."""
-        if segments:
-            assert segments[-1].stop == len(packed.lengths), "every row belongs to a segment"
-            self.grafts.use_segments(segments, token_parts(segments, packed.lengths), axis=0)
-        embedded: Tensor = self.embedding(packed.ids)
-        if self.embedding_noise and torch.is_grad_enabled():
-            embedded = noisy(embedded, packed.lengths, self.embedding_noise)
-        names = [self.grafts.name_of(row, segments) for row in range(len(packed.lengths))]
-        prompts = [self.grafts.prompts.get(name or "") for name in names]
-        if all(prompt is None for prompt in prompts):
-            return embedded, packed.lengths, torch.zeros(len(prompts), dtype=torch.long, device=embedded.device)
-        pieces: list[Tensor] = []
-        lengths: list[int] = []
-        shifts: list[int] = []
-        start = 0
-        for length, prompt in zip(packed.lengths, prompts, strict=True):
-            if prompt is not None:
-                pieces.append(prompt.to(embedded.dtype))
-            pieces.append(embedded[start : start + length])
-            extra = 0 if prompt is None else prompt.shape[0]
-            lengths.append(length + extra)
-            shifts.append((shifts[-1] if shifts else 0) + extra)
-            start += length
-        return torch.cat(pieces), tuple(lengths), torch.tensor(shifts, device=embedded.device)
-
-    def run_packed(self, embedded: Tensor, positions: Tensor, packing: Packing) -> Tensor:
-        """Run the decoder stack on (rows, T, D) embeddings in one packed layout; the head is left out."""
-        cache = packing.cache
-        out = self.model.get_decoder()(
-            inputs_embeds=embedded,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            packing=packing,
-        )
-        states: Tensor = out.last_hidden_state
-        return states
-
-    def _run_decoder(self, packed: Packed, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-        embedded, lengths, shift = self.embed(packed, segments)
-        grown = Packed(packed.ids, lengths, packed.branches)
-        prefixes = self.grafts.prefixes_of(range(len(lengths)), segments)
-        if self.packs:
-            if segments:
-                self.grafts.use_segments(segments, token_parts(segments, lengths), axis=1)
-            starts = prefixes.lengths if prefixes else ()
-            positions = torch.tensor(grown.positions(starts), device=embedded.device)[None]
-            packing = Packing(lengths, packed.branches, prefixes=prefixes)
-            return self.run_packed(embedded[None], positions, packing), shift, None
-        assert not packed.branches, "branches need a family that packs"
-        if segments:
-            self.grafts.use_segments(segments, row_parts(segments), axis=0)
-        padded, mask = pad(embedded, lengths)
-        options: dict[str, Any] = {"attention_mask": mask}
-        if prefixes:
-            options = self.behind(prefixes, mask)
-        states = self.model.get_decoder()(inputs_embeds=padded, use_cache=False, **options).last_hidden_state
-        index = kept_index(packed.lengths, lengths, states.shape[1], states.device)
-        return states, shift, index
-
-    def behind(self, prefixes: Prefixes, mask: Tensor) -> dict[str, Any]:
-        """What transformers' own decoder needs to run padded rows behind their prefixes: cache, mask and positions.
-
-        Raises UserError while blocks are checkpointed: transformers takes the cache from those.
-        """
-        decoder = self.model.get_decoder()
-        if any(getattr(one, "gradient_checkpointing", False) and one.training for one in decoder.modules()):
-            raise UserError(
-                f"gradient_checkpointing: the checkpointed blocks of a {self.family} model do not see a prefix. "
-                "Set it to false for prefix_tuning."
-            )
-        cache, before = prefixes.cache(self.dtype, self.encoder_decoder)
-        options = {"past_key_values": cache, "attention_mask": torch.cat([before, mask], dim=1)}
-        if "position_ids" in inspect.signature(decoder.forward).parameters:
-            options["position_ids"] = options["attention_mask"].cumsum(1)[:, before.shape[1] :].sub(1).clamp(min=0)
-        return options
-
-    def encode(self, packed: Packed, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor]:
-        """Run the encoder: padded states (rows, L, D) and their mask (rows, L)."""
-        embedded, lengths, _ = self.embed(packed, segments)
-        if segments:
-            self.grafts.use_segments(segments, row_parts(segments), axis=0)
-        padded, mask = pad(embedded, lengths)
-        encoder = self.model.get_encoder()
-        # Pegasus, Marian and others scale what they look up themselves, and nothing that they are given.
-        padded = padded * getattr(encoder, "embed_scale", 1.0)
-        encoded: Tensor = encoder(inputs_embeds=padded, attention_mask=mask).last_hidden_state
-        return encoded, mask
-
-    def decode_targets(self, batch: Batch, encoded: Tensor, mask: Tensor) -> Tensor:
-        """Run the decoder over encoded rows (rows, L, D); return the states (N, D) that predict the labels."""
-        assert batch.decoder is not None
-        rows, segments = batch.decoder_rows, batch.segments
-        if rows != tuple(range(len(batch.source.lengths))):
-            assert not segments, "several decoder rows per source row run through one tuning"
-            take = torch.tensor(rows, device=encoded.device)
-            encoded, mask = encoded[take], mask[take]
-        lengths = batch.decoder.lengths
-        ids, own = pad(batch.decoder.ids, lengths)
-        # Padding stands behind every row, where causal attention never looks: no mask is needed without prefixes.
-        prefixes = self.grafts.prefixes_of(rows, segments)
-        options = self.behind(prefixes, own) if prefixes else {}
-        states = self.model.get_decoder()(
-            input_ids=ids, encoder_hidden_states=encoded, encoder_attention_mask=mask, use_cache=False, **options
-        ).last_hidden_state
-        if segments:
-            self._route_targets(batch, segments)
-        starts = torch.tensor([0, *lengths[:-1]], device=states.device).cumsum(0)
-        return states.flatten(0, 1)[pad_index(batch.targets, starts, states.shape[1], owner_rows(batch))]
-
-    def _route_targets(self, batch: Batch, segments: tuple[Segment, ...]) -> None:
-        owners = batch.owners.tolist()
-        parts = tuple(
-            slice(sum(owner < segment.start for owner in owners), sum(owner < segment.stop for owner in owners))
-            for segment in segments
-        )
-        self.grafts.use_segments(segments, parts, axis=0)
 
 
 def _fingerprint(model: Any, parameters: Mapping[str, Tensor]) -> str:

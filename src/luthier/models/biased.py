@@ -5,9 +5,13 @@ one more implementation, its gradient written out.
     dV = P^T g      dP = g V^T      dS = P * (dP - rowsum(dP * P))      dQ = s dS K      dK = s dS^T Q
 
 B is the bias (1, H, L, S), the same in all layers of most such models; M the mask. Their sum is made once a forward pass. The
-softmax is in fp32; transformers' own is in the base's precision.
+softmax is in fp32; transformers' own is in the base's precision. Rows run padded, or one after another, each attended on its
+own (`PackedStack`), as `written_out.py` does.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,9 +20,73 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from luthier.models.packing import Crossing, Piece, Seeing
+from luthier.models.written_out import attend_written_out
+
 NAME = "luthier_biased"
 # Families whose attention hands over its bias.
 FAMILIES = {"t5", "mt5", "umt5"}
+# Of those, the families with one bias for all layers of a stack, whose rows may stand one after another.
+PACKED = {"t5", "mt5"}
+
+
+@dataclass(frozen=True)
+class PackedStack:
+    """How the tokens of a pass through an encoder or a decoder divide into rows; handed to each of its attentions."""
+
+    own: tuple[Piece, ...]
+    across: tuple[Crossing, ...] = ()
+
+    def layout(self, across: bool, added: Tensor) -> tuple[Sequence[Seeing], list[Tensor | None]]:
+        """The pieces of an attention and what is added to the scores of each, corners of `added` (H, longest, longest)."""
+        if across:
+            return self.across, [None] * len(self.across)
+        return self.own, [added[:, : one.length, : one.length] for one in self.own]
+
+
+def run_encoder(stack: Any, embedded: Tensor, lengths: Sequence[int]) -> Tensor:
+    """T5's encoder on rows one after another: embeddings (T, D) to states (T, D)."""
+    return _run(stack, embedded, lengths, None, ())
+
+
+def run_decoder(
+    stack: Any,
+    embedded: Tensor,
+    lengths: Sequence[int],
+    encoded: Tensor,
+    encoded_lengths: Sequence[int],
+    reads: Sequence[int],
+) -> Tensor:
+    """T5's decoder on rows one after another: embeddings (T, D) to states (T, D), from the encoder's (T', D).
+
+    `reads` says which of the encoder's rows each of them reads.
+    """
+    there = _slices(encoded_lengths)
+    across = tuple(Crossing(row, own, there[reads[row]]) for row, own in enumerate(_slices(lengths)))
+    return _run(stack, embedded, lengths, encoded, across)
+
+
+def _run(
+    stack: Any, embedded: Tensor, lengths: Sequence[int], encoded: Tensor | None, across: tuple[Crossing, ...]
+) -> Tensor:
+    packing = PackedStack(tuple(Piece(row, own) for row, own in enumerate(_slices(lengths))), across)
+    longest = max(lengths)
+    added = stack.block[0].layer[0].SelfAttention.compute_bias(longest, longest, device=embedded.device)[0]
+    added = added.contiguous()  # heads stand last in memory as it comes, and adding it takes eight times as long
+    if encoded is not None:  # a decoder: nobody sees what comes later
+        added = added + torch.full_like(added[0], float("-inf")).triu(1)
+    hidden, other = embedded[None], None if encoded is None else encoded[None]
+    for block in stack.block:
+        hidden = block(hidden, None, added, other, None, added, packing=packing)[0]
+    states: Tensor = stack.final_layer_norm(hidden)[0]
+    return states
+
+
+def _slices(lengths: Sequence[int]) -> list[slice]:
+    ends = [0]
+    for length in lengths:
+        ends.append(ends[-1] + length)
+    return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
 def biased_attention(
@@ -30,11 +98,17 @@ def biased_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     position_bias: Tensor | None = None,
+    packing: PackedStack | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Returns (rows, L, H, d)."""
     assert position_bias is not None, "these families always have a bias"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if packing is not None:
+        across = bool(packing.across) and not module.is_causal
+        pieces, masks = packing.layout(across, position_bias)
+        bias = None if across else position_bias
+        return attend_written_out(query, key, value, pieces, masks, scale, bias), None
     added = _added(position_bias, attention_mask)
     if dropout or (added.requires_grad and torch.is_grad_enabled()):
         scores = query @ key.transpose(2, 3) * scale + added

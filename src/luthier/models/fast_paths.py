@@ -4,15 +4,16 @@ from typing import Any
 
 from luthier.models import attention, biased
 from luthier.models.activations import quicken_activations
-from luthier.models.block import quicken_blocks
+from luthier.models.families.llama import quicken_llama
+from luthier.models.families.t5 import quicken_t5
 from luthier.models.norms import quicken_norms
 
 
 def quicken(model: Any, packs: bool) -> None:
-    """Choose a model's attention (packed rows, T5's bias, or transformers' own), and quicken its norms and activations."""
+    """Choose a model's attention (packed rows, T5's bias, or transformers' own), and quicken its norms, activations and blocks."""
     name = attention.NAME if packs else biased.NAME if model.config.model_type in biased.FAMILIES else "eager"
     model.set_attn_implementation(name)
     quicken_norms(model)
     quicken_activations(model)
-    if packs:
-        quicken_blocks(model)
+    quicken_llama(model)
+    quicken_t5(model)

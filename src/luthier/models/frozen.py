@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from luthier.models.base import BaseModel
 from luthier.models.batch import Batch, Packed
+from luthier.models.biased import run_encoder
 from luthier.models.packing import Packing
 from luthier.models.padding import pad
+from luthier.models.run import decode_packed, decode_targets, embed, encode, run_packed
 
 # Families whose decoder is embeddings, `layers` and `norm`, with nothing in between.
 SLICED = {"llama", "mistral", "qwen2", "qwen3"}
@@ -46,26 +48,30 @@ def _first_block(path: str, blocks: int) -> int:
 def frozen_states(base: BaseModel, packed: Packed, blocks: int) -> Tensor:
     """The states of rows after the first `blocks` blocks (of an encoder-decoder: its encoder): (T, D)."""
     with base.grafts.bare():
+        if base.packs_pairs:
+            return run_encoder(base.model.get_encoder(), embed(base, packed, ())[0], packed.lengths)
         if base.encoder_decoder:
-            encoded, mask = base.encode(packed, ())
+            encoded, mask = encode(base, packed, ())
             return encoded[mask.bool()]
         with only_blocks(base, 0, blocks, norm=False):
             return _run(base, base.embedding(packed.ids), packed)
 
 
-def target_states(base: BaseModel, batch: Batch) -> Tensor:
-    """As `BaseModel.target_states`, of a batch that brings its states along."""
+def target_states_behind(base: BaseModel, batch: Batch) -> Tensor:
+    """As `run.target_states`, of a batch that brings its states along."""
     assert batch.states is not None
     states = batch.states.to(base.dtype)
+    if base.packs_pairs:
+        return decode_packed(base, batch, states, batch.source.lengths)
     if base.encoder_decoder:
-        return base.decode_targets(batch, *pad(states, batch.source.lengths))
+        return decode_targets(base, batch, *pad(states, batch.source.lengths))
     with only_blocks(base, batch.frozen, base.blocks, norm=True):
         return _run(base, states, batch.source)[batch.targets]
 
 
 def _run(base: BaseModel, states: Tensor, packed: Packed) -> Tensor:
     positions = torch.tensor(packed.positions(), device=states.device)[None]
-    return base.run_packed(states[None], positions, Packing(packed.lengths, packed.branches))[0]
+    return run_packed(base, states[None], positions, Packing(packed.lengths, packed.branches))[0]
 
 
 @contextmanager

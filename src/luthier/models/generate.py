@@ -16,6 +16,7 @@ from luthier.models.grafted import standing_still
 from luthier.models.packing import Packing, RowCache
 from luthier.models.padding import pad_left
 from luthier.models.prefix import Prefixes
+from luthier.models.run import behind, embed, encode, run_packed
 
 # Rows decoded together; on an accelerator, which so few do not fill, more of them while they hold no more than these tokens.
 BATCH_ROWS, MOST_ROWS, ACCELERATOR_TOKENS = 32, 128, 32_768
@@ -110,7 +111,7 @@ def _decode_encoded(
     packed = Packed(
         torch.tensor([token for row in prompts for token in row], device=base.device), tuple(map(len, prompts))
     )
-    encoded, mask = base.encode(packed, ())
+    encoded, mask = encode(base, packed, ())
     cache = EncoderDecoderCache(DynamicCache(config=base.config), DynamicCache(config=base.config))
     choose = Chooser(decoding, numbers)
     alive = list(range(len(prompts)))
@@ -180,12 +181,12 @@ def prefill(base: BaseModel, prompts: list[list[int]], new_tokens: int) -> tuple
     if shared:  # a soft prompt stands in what is shared already
         embedded, lengths = base.embedding(packed.ids), packed.lengths
     else:
-        embedded, lengths, _ = base.embed(packed, ())
+        embedded, lengths, _ = embed(base, packed, ())
     cache = RowCache(lengths, new_tokens, prefixes)
     starts = prefixes.lengths if prefixes else ()
     positions = torch.tensor(Packed(packed.ids, lengths).positions(starts), device=device)
     packing = Packing(lengths, cache=cache, prefixes=prefixes)
-    states = base.run_packed(embedded[None], positions[None], packing)[0]
+    states = run_packed(base, embedded[None], positions[None], packing)[0]
     cache.prompts_are_in(device)
     return states[torch.tensor(lengths, device=device).cumsum(0) - 1], cache
 
@@ -193,12 +194,12 @@ def prefill(base: BaseModel, prompts: list[list[int]], new_tokens: int) -> tuple
 def _keys_values(base: BaseModel, ids: list[int]) -> Tensor:
     """(layers, 2, K, P, d): keys and values of these tokens, behind the active tuning's own prefix or soft prompt."""
     packed = Packed(torch.tensor(ids, device=base.device), (len(ids),))
-    embedded, lengths, _ = base.embed(packed, ())
+    embedded, lengths, _ = embed(base, packed, ())
     prefixes = base.grafts.prefixes_of(range(1), ())
     cache = RowCache(lengths, 0, prefixes)
     starts = prefixes.lengths if prefixes else ()
     positions = torch.tensor(Packed(packed.ids, lengths).positions(starts), device=base.device)
-    base.run_packed(embedded[None], positions[None], Packing(lengths, cache=cache, prefixes=prefixes))
+    run_packed(base, embedded[None], positions[None], Packing(lengths, cache=cache, prefixes=prefixes))
     return torch.stack([torch.stack([cache.keys[layer][0], cache.values[layer][0]]) for layer in sorted(cache.keys)])
 
 
@@ -206,7 +207,7 @@ def decode_step(base: BaseModel, cache: RowCache, tokens: Tensor) -> Tensor:
     """Run one new token a row; (rows, D)."""
     assert cache.filled is not None
     packing = Packing((), cache=cache)
-    states = base.run_packed(base.embedding(tokens)[:, None], cache.filled[:, None], packing)[:, 0]
+    states = run_packed(base, base.embedding(tokens)[:, None], cache.filled[:, None], packing)[:, 0]
     cache.advance()
     return states
 
@@ -256,9 +257,9 @@ def _decode_padded(
         options["logits_processor"] = LogitsProcessorList([_Drawn(Chooser(decoding, numbers))])
     prefixes = base.grafts.prefixes_of(range(len(prompts)), ())
     if base.encoder_decoder:
-        encoded, mask = base.encode(packed, ())
+        encoded, mask = encode(base, packed, ())
         if prefixes:
-            before = base.behind(prefixes, mask.new_ones(len(prompts), 1))
+            before = behind(base, prefixes, mask.new_ones(len(prompts), 1))
             options |= {
                 "past_key_values": before["past_key_values"],
                 "decoder_attention_mask": before["attention_mask"],
@@ -267,10 +268,10 @@ def _decode_padded(
             base, encoder_outputs=BaseModelOutput(last_hidden_state=encoded), attention_mask=mask, **options
         )[:, 1:]  # without the decoder's start token
     else:
-        embedded, lengths, _ = base.embed(packed, ())
+        embedded, lengths, _ = embed(base, packed, ())
         padded, mask = pad_left(embedded, lengths)
         if prefixes:
-            before = base.behind(prefixes, mask)
+            before = behind(base, prefixes, mask)
             options["past_key_values"], mask = before["past_key_values"], before["attention_mask"]
             # `generate` takes the embeddings of all that the mask covers and skips what the cache holds.
             padded = torch.cat([padded.new_zeros(len(prompts), max(prefixes.lengths), padded.shape[2]), padded], dim=1)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from luthier.models.base import BaseModel
 from luthier.models.batch import Batch
-from luthier.models.frozen import target_states
+from luthier.models.frozen import target_states_behind
+from luthier.models.run import target_states
 
 # Rows of the head's product computed at once: (CHUNK, vocabulary) floats are the largest tensor alive.
 CHUNK = 128
@@ -22,14 +23,14 @@ CHUNK = 128
 
 def loss_sum(base: BaseModel, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
     """Summed cross-entropy (nats) of a batch's labels, differentiable; `label_smoothing` is the share of all tokens."""
-    states = base.target_states(batch) if batch.states is None else target_states(base, batch)
+    states = target_states(base, batch) if batch.states is None else target_states_behind(base, batch)
     return _HeadLoss.apply(states, batch.labels, base, label_smoothing, *base.head_parameters())  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
 def label_scores(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probability (nats) of each label, and whether it was the most probable token: both (N,)."""
-    states = base.target_states(batch)
+    states = target_states(base, batch)
     scores, hits = [], []
     size = _chunk(base, len(batch.labels))
     for chunk, labels in zip(states.split(size), batch.labels.split(size), strict=True):

@@ -9,6 +9,7 @@ from luthier.models.base import BaseModel
 from luthier.models.batch import Packed
 from luthier.models.packing import Packing, RowCache
 from luthier.models.parts import attention_heads
+from luthier.models.run import encode, run_packed
 
 
 @torch.no_grad()
@@ -25,12 +26,12 @@ def keys_and_values(base: BaseModel, ids: Sequence[int]) -> Tensor:
         if base.packs:
             cache = RowCache((len(ids),), 0)
             positions = torch.arange(len(ids), device=base.device)[None]
-            base.run_packed(base.embedding(tokens)[None], positions, Packing((len(ids),), cache=cache))
+            run_packed(base, base.embedding(tokens)[None], positions, Packing((len(ids),), cache=cache))
             held = [(cache.keys[layer], cache.values[layer]) for layer in range(layers)]
         else:
             options = {}
             if base.encoder_decoder:
-                encoded, mask = base.encode(Packed(tokens, (len(ids),)), ())
+                encoded, mask = encode(base, Packed(tokens, (len(ids),)), ())
                 options = {"encoder_hidden_states": encoded, "encoder_attention_mask": mask}
             out = base.model.get_decoder()(input_ids=tokens[None], use_cache=True, **options).past_key_values
             held = [(layer.keys, layer.values) for layer in getattr(out, "self_attention_cache", out).layers]

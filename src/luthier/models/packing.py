@@ -97,6 +97,42 @@ class Piece(NamedTuple):
         own = heads[:, :, self.own]
         return own if self.seen == self.length else torch.cat([heads[:, :, self.shared], own], dim=2)
 
+    def give(self, into: Tensor, gradient: Tensor) -> None:
+        """Write the gradient of what it sees, (K, seen, d), where its own tokens stand, and add it where the shared ones do."""
+        shared = self.seen - self.length
+        into[0, :, self.own] = gradient[:, shared:]
+        if shared:  # a piece of its own, which came before
+            into[0, :, self.shared] += gradient[:, :shared]
+
+
+class Crossing(NamedTuple):
+    """Tokens of a decoder's row: they see all of the encoder's row that theirs reads, which others may read too."""
+
+    row: int
+    own: slice
+    there: slice
+
+    @property
+    def length(self) -> int:
+        """Queries."""
+        return int(self.own.stop - self.own.start)
+
+    @property
+    def seen(self) -> int:
+        """Keys."""
+        return int(self.there.stop - self.there.start)
+
+    def of(self, heads: Tensor) -> Tensor:
+        """What it sees of keys or values (1, K, T, d): (1, K, seen, d)."""
+        return heads[:, :, self.there]
+
+    def give(self, into: Tensor, gradient: Tensor) -> None:
+        """Add the gradient of what it sees, (K, seen, d)."""
+        into[0, :, self.there] += gradient
+
+
+Seeing = Piece | Crossing
+
 
 @dataclass
 class Packing:

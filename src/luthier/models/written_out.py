@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.models.packing import Piece
+from luthier.models.packing import Seeing
 from luthier.models.scratch import Scratch
 
 # P of a piece that sees more keys is computed again, by one of its six products and the softmax: of 9 heads it takes 18 bytes a
@@ -23,10 +23,20 @@ KEPT_TO = 384
 
 
 def attend_written_out(
-    query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[Piece], masks: Sequence[Tensor], scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pieces: Sequence[Seeing],
+    masks: Sequence[Tensor | None],
+    scale: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """query: (1, H, T, d), key and value: (1, K, T, d), an additive mask (L, seen) for each piece; returns (1, T, H, d)."""
-    return _WrittenOut.apply(query, key, value, pieces, masks, scale)  # type: ignore[no-any-return]
+    """query: (1, H, T, d), key and value: (1, K, T, d), for each piece a mask, (L, seen) or (H, L, seen), that is added to its
+    scores, or None; returns (1, T, H, d).
+
+    `bias`, (H, longest, longest), is what the masks are corners of, where it has a gradient.
+    """
+    return _WrittenOut.apply(query, key, value, bias, pieces, masks, scale)  # type: ignore[no-any-return]
 
 
 class _WrittenOut(torch.autograd.Function):
@@ -36,26 +46,34 @@ class _WrittenOut(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        pieces: Sequence[Piece],
-        masks: Sequence[Tensor],
+        bias: Tensor | None,
+        pieces: Sequence[Seeing],
+        masks: Sequence[Tensor | None],
         scale: float,
     ) -> Tensor:
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
         room = query.new_empty(kept_size(query.shape[1], pieces))
         kept = attend_forward(query, key, value, pieces, masks, scale, out, room, Scratch())
-        ctx.save_for_backward(query, key, value, *kept)
+        ctx.save_for_backward(query, key, value, bias, *kept)
         ctx.pieces, ctx.masks, ctx.scale = pieces, masks, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
-        query, key, value, *kept = ctx.saved_tensors
-        into = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        attend_backward(outputs[0], query, key, value, kept, ctx.pieces, ctx.masks, ctx.scale, into, Scratch())
-        return *into, None, None, None
+        query, key, value, bias, *kept = ctx.saved_tensors
+        into = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        into_bias = new_into_bias(bias) if ctx.needs_input_grad[3] else None
+        given = kept, ctx.pieces, ctx.masks, ctx.scale, into, into_bias, Scratch()
+        attend_backward(outputs[0], query, key, value, *given)
+        return *into, None if into_bias is None else into_bias.to(bias.dtype), None, None, None
 
 
-def kept_size(heads: int, pieces: Sequence[Piece]) -> int:
+def new_into_bias(bias: Tensor) -> Tensor:
+    """Where the gradient of a bias is summed: in fp32, there may be many rows."""
+    return torch.zeros_like(bias, dtype=torch.float32)
+
+
+def kept_size(heads: int, pieces: Sequence[Seeing]) -> int:
     """How many numbers of P are kept for these pieces."""
     return sum(heads * piece.length * piece.seen for piece in pieces if piece.seen <= KEPT_TO)
 
@@ -64,8 +82,8 @@ def attend_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pieces: Sequence[Piece],
-    masks: Sequence[Tensor],
+    pieces: Sequence[Seeing],
+    masks: Sequence[Tensor | None],
     scale: float,
     out: Tensor,
     room: Tensor,
@@ -94,13 +112,17 @@ def attend_backward(
     key: Tensor,
     value: Tensor,
     kept: Sequence[Tensor | None],
-    pieces: Sequence[Piece],
-    masks: Sequence[Tensor],
+    pieces: Sequence[Seeing],
+    masks: Sequence[Tensor | None],
     scale: float,
     into: tuple[Tensor, Tensor, Tensor],
+    into_bias: Tensor | None,
     scratch: Scratch,
 ) -> None:
-    """Write the gradients of query, key and value into `into`, from that of the output (1, T, H, d)."""
+    """Write the gradients of query, key and value into `into`, from that of the output (1, T, H, d).
+
+    A `Crossing` adds to what stands in the last two, and all add the gradient of their mask to `into_bias`, where it is wanted.
+    """
     upstream = upstream.transpose(1, 2)  # (1, H, T, d)
     into_query, into_key, into_value = into
     groups, width = key.shape[1], query.shape[3]
@@ -109,34 +131,34 @@ def attend_backward(
         stacked = _stacked(query, piece.own, groups, scratch, "query").mul_(scale)
         if weights is None:
             weights = _weights(stacked, seen, mask, scratch)
-        _give(into_value, piece, _product(weights.transpose(1, 2), own, scratch, "found"))
+        piece.give(into_value, _product(weights.transpose(1, 2), own, scratch, "found"))
         into_weights = _product(own, piece.of(value)[0].transpose(1, 2), scratch, "scores")
         into_scores = scratch.take("into scores", weights.shape, weights)
         torch.ops.aten._softmax_backward_data.out(into_weights, weights, -1, weights.dtype, grad_input=into_scores)
+        if into_bias is not None:
+            into_bias[:, : piece.length, : piece.seen] += into_scores.view(-1, piece.length, piece.seen)
         into_rows = _product(into_scores, seen, scratch, "found").mul_(scale)
         into_query[0, :, piece.own] = into_rows.view(-1, piece.length, width)
-        _give(into_key, piece, _product(into_scores.transpose(1, 2), stacked, scratch, "found"))
+        piece.give(into_key, _product(into_scores.transpose(1, 2), stacked, scratch, "found"))
 
 
-def _weights(scaled: Tensor, seen: Tensor, mask: Tensor, scratch: Scratch, place: Tensor | None = None) -> Tensor:
+def _weights(
+    scaled: Tensor, seen: Tensor, mask: Tensor | None, scratch: Scratch, place: Tensor | None = None
+) -> Tensor:
     """P of queries (K, H / K * L, d), which are scaled already, and the keys that they see, (K, seen, d); at `place`, if any."""
     scores = _product(scaled, seen.transpose(1, 2), scratch, "scores")
-    scores.view(-1, *mask.shape).add_(mask)
+    if mask is not None:
+        scores.view(-1, *mask.shape).add_(mask)
+    into = scratch.take("weights", scores.shape, scores) if place is None else place
+    if scores.dtype == torch.float32:
+        return torch.softmax(scores, -1, out=into)
     wide = scratch.take("wide", scores.shape, scores, torch.float32).copy_(scores)
     weights = torch.softmax(wide, -1, out=scratch.take("weights, wide", scores.shape, scores, torch.float32))
-    return (scratch.take("weights", scores.shape, scores) if place is None else place).copy_(weights)
+    return into.copy_(weights)
 
 
 def _product(one: Tensor, other: Tensor, scratch: Scratch, name: str) -> Tensor:
     return torch.bmm(one, other, out=scratch.take(name, (len(one), one.shape[1], other.shape[2]), one))
-
-
-def _give(into: Tensor, piece: Piece, gradient: Tensor) -> None:
-    """Write a piece's gradient (K, seen, d) where its own keys stand, and add it where the shared ones do."""
-    shared = piece.seen - piece.length
-    into[0, :, piece.own] = gradient[:, shared:]
-    if shared:  # a piece of its own, which came before
-        into[0, :, piece.shared] += gradient[:, :shared]
 
 
 def _stacked(heads: Tensor, here: slice, groups: int, scratch: Scratch, name: str) -> Tensor:

@@ -82,7 +82,7 @@ def _make(base: BaseModel, rows: StoredRows, blocks: int, folder: Path, size: in
     shape = (int(ends[-1]), base.width)
     file = np.memmap(folder / "states.bin", dtype=_stored_type(base.dtype), mode="w+", shape=shape)
     numbered = [replace(rows[place], id=str(place)) for place in range(len(rows))]
-    for group in micro_batches(numbered, TOKENS, padded=not base.packs):
+    for group in micro_batches(numbered, TOKENS, padded=base.pads):
         batch = collate(group, base.decoder_start if base.encoder_decoder else None).to(base.device)
         states = frozen_states(base, batch.source, blocks).to(base.dtype).cpu()
         for row, piece in zip(group, states.split(list(batch.source.lengths)), strict=True):

@@ -230,7 +230,7 @@ def accumulate(
     """
     count = sum(len(row.labels) for row in rows)
     total, tokens = 0.0, 0
-    groups = [micro_batches(part, budget, padded=not base.packs) for part in ranks.split(rows)]
+    groups = [micro_batches(part, budget, padded=base.pads) for part in ranks.split(rows)]
     most = max(groups, key=len)
     own = [(group, 1.0) for group in groups[ranks.rank]]
     if base.sharded:  # every rank has to run the blocks as often as the others: for nothing, where it has no more rows

@@ -1,0 +1,245 @@
+"""What blocks are made of, each a norm and what follows it, added to its input: y = x + f(norm(x)), forward and back by hand.
+
+    attention   y = x + Wo attention(Wq n, Wk n, Wv n)    n = norm(x), queries and keys turned where positions are rotary;
+                                                          across, keys and values are those of an encoder's states
+    MLP         y = x + Wd (act(Wg n) * Wu n)             or, without a gate, x + Wd act(Wg n)
+
+Kept for the way back: x, q, k, v, the attention's weights and output, Wg n and Wu n. The norms' outputs and the MLP's inner
+product are computed again, by a pass or two over memory each, and only for tunings that read them. What is needed for a moment
+stands in memory that all blocks share, and what a sublayer keeps in one allocation. Forward they round where transformers'
+modules round, so that a tuning with a part that runs through these has the very bits of one that does not.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier.models.activations import Activation
+from luthier.models.norms import norm_again, norm_backward, norm_forward, norm_weight_backward
+from luthier.models.packing import Seeing
+from luthier.models.products import Product
+from luthier.models.rotary import rotate
+from luthier.models.scratch import Scratch
+from luthier.models.written_out import attend_backward, attend_forward, kept_size, new_into_bias
+
+# What a sublayer keeps, in an order of its own.
+Kept = list[Tensor | None]
+
+
+class Sublayer(ABC):
+    """One pass through a norm and what follows it; x is flat, (T, D).
+
+    `others` are tensors besides x and weights that it reads. `inputs` are those of them and of the weights that have a
+    gradient, in the order in which `backward` gives these.
+    """
+
+    def __init__(self, norm: Any, products: Sequence[Product], scratch: Scratch, others: Sequence[Tensor | None] = ()):
+        self.products, self.scratch = products, scratch
+        self.norm: tuple[Tensor, float] = norm.weight, norm.variance_epsilon
+        self.trains_norm = norm.weight.requires_grad
+        self.wants = [one is not None and one.requires_grad for one in others]
+        given = [one for one, wanted in zip(others, self.wants, strict=True) if wanted and one is not None]
+        own = [norm.weight] if self.trains_norm else []
+        self.inputs = (*given, *own, *(one for product in products for one in product.trained))
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
+        """y and what `backward` needs."""
+
+    @abstractmethod
+    def backward(self, upstream: Tensor, kept: Kept, wanted: bool) -> tuple[Tensor | None, Kept]:
+        """The gradient of x, where it is wanted, and those of `inputs`."""
+
+    def _normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return norm_forward(x, *self.norm, self.scratch, self._take("n", x, x.shape[1]))
+
+    def _normed_again(self, x: Tensor, scale: Tensor, readers: Sequence[Product | None]) -> Tensor:
+        """The norm's output, where any of these reads it."""
+        if not any(one is not None and one.reads for one in readers):
+            return x
+        return norm_again(x, scale, self.norm[0], self.scratch, self._take("n", x, x.shape[1]))
+
+    def _through_norm(
+        self, into_n: Tensor | None, x: Tensor, scale: Tensor, upstream: Tensor, wanted: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradient of x, with what skips the sublayer, and of the norm's weight."""
+        if into_n is None:
+            return None, []
+        given = into_n, x, scale, self.norm[0], self.scratch
+        by_norm = [norm_weight_backward(*given)] if self.trains_norm else []
+        return norm_backward(*given).add_(upstream) if wanted else None, by_norm
+
+    def _take(self, name: str, like: Tensor, width: int) -> Tensor:
+        return self.scratch.take(name, (len(like), width), like)
+
+
+class Attention(Sublayer):
+    """Attention to the same tokens, or with `encoded`, (T', D), to those of an encoder.
+
+    `products` are those of queries, keys, values and output; `masks` what is added to the scores of each piece, corners of
+    `bias` where that has a gradient; `rotary` cosines and sines (T, 1, d); `width` is a head's d.
+    """
+
+    def __init__(
+        self,
+        norm: Any,
+        products: Sequence[Product],
+        scratch: Scratch,
+        pieces: Sequence[Seeing],
+        masks: Sequence[Tensor | None],
+        width: int,
+        scale: float,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        bias: Tensor | None = None,
+        encoded: Tensor | None = None,
+    ):
+        super().__init__(norm, products, scratch, (bias, encoded))
+        self.pieces, self.masks, self.width, self.scale, self.rotary = pieces, masks, width, scale, rotary
+        self.bias, self.encoded = bias, encoded
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
+        """Kept: x, what keys and values were made of, q, k, v, the mixed values, the norm's scale, the products', the weights."""
+        query, key, value, output = self.products
+        n, scale = self._normed(x)
+        seen = n if self.encoded is None else self.encoded
+        shapes = [(x, query.width), (seen, key.width), (seen, key.width), (x, query.width), (x, x.shape[1])]
+        sizes = [kept_size(query.width // self.width, self.pieces), *(len(of) * width for of, width in shapes)]
+        room, *flat = x.new_empty(sum(sizes)).split(sizes)
+        q, k, v, mixed, y = (part.view(-1, width) for part, (_, width) in zip(flat, shapes, strict=True))
+
+        by_query = self._turned(query, n, q)
+        by_key = self._turned(key, seen, k)
+        by_value = value.forward(seen, v)
+        heads, by_token = (self._heads(q), self._heads(k), self._heads(v)), self._by_token(mixed)
+        weights = attend_forward(*heads, self.pieces, self.masks, self.scale, by_token, room, self.scratch)
+        by_output = output.forward(mixed, change := self._take("change", x, x.shape[1]))
+        torch.add(x, change, out=y)
+        self.counts = [len(one) for one in (by_query, by_key, by_value, by_output)]
+        return y, [x, self.encoded, q, k, v, mixed, scale, *by_query, *by_key, *by_value, *by_output, *weights]
+
+    def backward(self, upstream: Tensor, kept: Kept, wanted: bool) -> tuple[Tensor | None, Kept]:
+        """upstream: (T, D)."""
+        x, encoded, q, k, v, mixed, scale, *rest = kept
+        assert x is not None and q is not None and k is not None and v is not None and scale is not None
+        query, key, value, output = self.products
+        of_query, of_key, of_value, of_output, weights = divided(rest, self.counts)
+        by_output = output.backward(upstream, mixed, of_output, into_mixed := self._take("into mixed", x, q.shape[1]))  # type: ignore[arg-type]
+
+        into = [self._take(f"into {name}", one, one.shape[1]) for name, one in (("q", q), ("k", k), ("v", v))]
+        if encoded is not None:  # whose rows several may read
+            into[1].zero_(), into[2].zero_()
+        (of_q, of_k, of_v), gradients = [
+            (self._heads(a), self._heads(b), self._heads(c)) for a, b, c in ((q, k, v), into)
+        ]
+        into_bias = new_into_bias(self.bias) if self.bias is not None and self.wants[0] else None
+        attend_backward(
+            self._by_token(into_mixed), of_q, of_k, of_v, weights, self.pieces, self.masks, self.scale, gradients, into_bias,
+            self.scratch,
+        )  # fmt: skip
+        into_q, into_k = self._turned_back(into[0], "straight"), self._turned_back(into[1], "straight too")
+
+        n = self._normed_again(x, scale, [query] if encoded is not None else [query, key, value])
+        into_n = self._take("into n", x, x.shape[1]) if wanted or self.trains_norm else None
+        by_query = query.backward(into_q, n, of_query, into_n)
+        seen, into_seen = (n, into_n) if encoded is None else (encoded, None)
+        if encoded is not None and self.wants[1]:
+            into_seen = torch.empty_like(encoded)
+        by_key = key.backward(into_k, seen, of_key, into_seen, add=encoded is None)
+        by_value = value.backward(into[2], seen, of_value, into_seen, add=True)
+
+        into_x, by_norm = self._through_norm(into_n, x, scale, upstream, wanted)
+        others = [None if into_bias is None else into_bias.to(x.dtype), into_seen]
+        by_others = [one for one, asked in zip(others, self.wants, strict=True) if asked]
+        return into_x, [*by_others, *by_norm, *by_query, *by_key, *by_value, *by_output]
+
+    def _turned(self, product: Product, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        if self.rotary is None:
+            return product.forward(x, out)
+        found = product.forward(x, straight := self._take("straight", x, out.shape[1]))
+        self._turn(straight, self.rotary[1], out)
+        return found
+
+    def _turned_back(self, gradient: Tensor, name: str) -> Tensor:
+        if self.rotary is None:
+            return gradient
+        self._turn(gradient, -self.rotary[1], out := self._take(name, gradient, gradient.shape[1]))
+        return out
+
+    def _turn(self, flat: Tensor, sin: Tensor, out: Tensor) -> None:
+        assert self.rotary is not None
+        part = self.scratch.take("part", (len(flat), flat.shape[1] // self.width, self.width // 2), flat)
+        rotate(self._by_token(flat)[0], self.rotary[0], sin, self._by_token(out)[0], part)
+
+    def _by_token(self, flat: Tensor) -> Tensor:
+        """(T, H d) as (1, T, H, d)."""
+        return flat.view(1, len(flat), -1, self.width)
+
+    def _heads(self, flat: Tensor) -> Tensor:
+        """(T, H d) as (1, H, T, d)."""
+        return self._by_token(flat).transpose(1, 2)
+
+
+class MLP(Sublayer):
+    """`products` are those of the gate (or what stands in its place), of what it lets through, if anything, and down."""
+
+    def __init__(
+        self,
+        norm: Any,
+        gate: Product,
+        up: Product | None,
+        down: Product,
+        activation: Activation,
+        scratch: Scratch,
+    ):
+        super().__init__(norm, [one for one in (gate, up, down) if one is not None], scratch)
+        self.gate, self.up, self.down, self.activation = gate, up, down, activation
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
+        """Kept: x, g = Wg n, u = Wu n, the norm's scale and the products'."""
+        sizes = [len(x) * self.gate.width] * (1 if self.up is None else 2)
+        g, *rest = (part.view(len(x), -1) for part in x.new_empty(sum(sizes)).split(sizes))
+        n, scale = self._normed(x)
+        by_gate = self.gate.forward(n, g)
+        by_up = self.up.forward(n, rest[0]) if self.up else ()
+        u = rest[0] if rest else None
+        by_down = self.down.forward(self._inner(g, u), change := self._take("change", x, x.shape[1]))
+        self.counts = [len(one) for one in (by_gate, by_up)]
+        return x + change, [x, g, u, scale, *by_gate, *by_up, *by_down]
+
+    def backward(self, upstream: Tensor, kept: Kept, wanted: bool) -> tuple[Tensor | None, Kept]:
+        """upstream: (T, D)."""
+        x, g, u, scale, *rest = kept
+        assert x is not None and g is not None and scale is not None
+        of_gate, of_up, of_down = divided(rest, self.counts)
+        into_g = self._take("into g", x, g.shape[1])
+        by_down = self.down.backward(upstream, self._inner(g, u) if self.down.reads else g, of_down, into_g)
+        into_u = None
+        if u is not None:
+            into_u = self._take("into u", x, g.shape[1])
+            torch.mul(into_g, self.activation.forward(g, out=into_u), out=into_u)
+            into_g.mul_(u)
+        self.activation.backward(into_g, g, out=into_g)
+
+        n = self._normed_again(x, scale, [self.gate, self.up])
+        into_n = self._take("into n", x, x.shape[1]) if wanted or self.trains_norm else None
+        by_gate = self.gate.backward(into_g, n, of_gate, into_n)
+        by_up = self.up.backward(into_u, n, of_up, into_n, add=True) if self.up and into_u is not None else []
+        into_x, by_norm = self._through_norm(into_n, x, scale, upstream, wanted)
+        return into_x, [*by_norm, *by_gate, *by_up, *by_down]
+
+    def _inner(self, g: Tensor, u: Tensor | None) -> Tensor:
+        """act(g) * u"""
+        inner = self.activation.forward(g, out=self._take("inner", g, g.shape[1]))
+        return inner if u is None else inner.mul_(u)
+
+
+def divided(some: Kept, counts: Sequence[int]) -> list[Any]:
+    """Lists of so many, and of what is left."""
+    found, start = [], 0
+    for count in counts:
+        found.append(some[start : start + count])
+        start += count
+    return [*found, some[start:]]
