@@ -13,6 +13,7 @@ from luthier.models import run as running
 from luthier.models.base import BaseModel
 from luthier.models.frozen import frozen_states
 from luthier.models.loss import label_scores, loss_sum
+from luthier.models.packing import filler
 from luthier.training.loop import accumulate
 from luthier.tuning import LoRA, Method, PrefixTuning, PromptTuning, attach, parameters
 
@@ -91,7 +92,8 @@ def test_a_step_runs_what_is_common_once_and_counts_all_tokens(monkeypatch: pyte
     monkeypatch.setattr(running, "run_packed", lambda *given: seen.append(given[1].shape[1]) or once(*given))
     _, tokens = accumulate(base, rows, 10_000)
     assert tokens == sum(map(len, rows))
-    assert seen == [sum(len(row) - 1 for row in rows) - (len(rows) - 1) * len(START)]
+    run_once = sum(len(row) - 1 for row in rows) - (len(rows) - 1) * len(START)
+    assert seen == [run_once + (filler(run_once) if base.on_cpu else 0)]
 
 
 def test_which_bases_fork() -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tests.tiny import DEVICE
 
-from luthier.models.attention import _as_one_call, _by_lengths, _flash_runs, _mask, _together, packed_attention
+from luthier.models import packing as packing_module
+from luthier.models.attention import _as_one_call, _by_lengths, _flash_runs, _masks, _together, packed_attention
 from luthier.models.packing import Packing
 from luthier.models.written_out import attend_written_out
 
@@ -76,13 +77,17 @@ def test_when_the_kernel_takes_lengths(packing, where, dtype, softcap, dropout, 
     assert _by_lengths(packing, where, dtype, softcap, dropout) == expected
 
 
-@pytest.mark.parametrize("packing", [Packing((3, 7, 6)), Packing((3, 13), ((), (4, 5, 1)))], ids=["rows", "forked"])
+@pytest.mark.parametrize("rows", [((3, 7, 6),), ((3, 13), ((), (4, 5, 1)))], ids=["rows", "forked"])
 @pytest.mark.parametrize("window", [None, 4])
-def test_the_gradient_written_out_is_autograds(packing: Packing, window: int | None) -> None:
+@pytest.mark.parametrize("part", [3, 128])
+def test_the_gradient_written_out_is_autograds(rows: tuple, window: int | None, part: int, monkeypatch) -> None:
     inputs = [torch.randn(1, heads, 16, 8, requires_grad=True) for heads in (4, 2, 2)]
     upstream = torch.randn(1, 16, 4, 8)
-    masks = [_mask(packing, piece, 0, window, inputs[0]) for piece in packing.pieces]
-    found = attend_written_out(*inputs, packing.pieces, masks, 0.3)
+    monkeypatch.setattr(packing_module, "PART", part)
+    packing = Packing(*rows)
+    masks = _masks(packing, window, inputs[0])
+    assert (len(masks) > len(packing.pieces)) == (part == 3)
+    found = attend_written_out(*inputs, packing.parts, masks, 0.3)
     expected, _ = packed_attention(None, *inputs, scaling=0.3, packing=packing, sliding_window=window)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     gradients = [torch.autograd.grad(out, inputs, upstream) for out in (found, expected)]

@@ -12,10 +12,27 @@ from luthier.models.batch import Batch, Packed, common_start
 
 
 def micro_batches(rows: Sequence[Encoded], budget: int, padded: bool) -> list[list[Encoded]]:
-    """Divide rows into groups of similar length within a token budget (a longer row goes alone)."""
+    """Divide rows into groups of similar length within a token budget (a longer row goes alone).
+
+    There are as few as the budget allows, and they are about equal: the largest decides the memory.
+    """
+    ordered = sorted(rows, key=len, reverse=True)
+    found = _within(ordered, budget, padded)
+    least, most = 0, budget  # the smallest budget for as many groups is in (least, most]
+    while most - least > 1:
+        middle = (least + most) // 2
+        groups = _within(ordered, middle, padded)
+        if len(groups) > len(found):
+            least = middle
+        else:
+            found, most = groups, middle
+    return found
+
+
+def _within(rows: Sequence[Encoded], budget: int, padded: bool) -> list[list[Encoded]]:
     groups: list[list[Encoded]] = []
     tokens = 0
-    for row in sorted(rows, key=len, reverse=True):
+    for row in rows:
         # Padded, every row costs as much as the longest, which came first.
         cost = len(groups[-1][0]) if padded and groups and groups[-1] else len(row)
         if not groups or tokens + cost > budget:

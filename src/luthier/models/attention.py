@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 from luthier.models.packing import Packing, Piece
 from luthier.models.padded_rows import padded, unpadded
-from luthier.models.written_out import attend_written_out
+from luthier.models.written_out import attend_written_out, rounded_up
 
 NAME = "luthier_packed"
 
@@ -64,7 +64,7 @@ def packed_attention(
     written_out = _is_written_out(packing, where, query.dtype)
     if written_out and not packing.prefixes and softcap is None and not dropout:
         masks = _masks(packing, sliding_window, query)
-        return attend_written_out(query, key, value, packing.pieces, masks, scale), None
+        return attend_written_out(query, key, value, packing.parts, masks, scale), None
     outputs = []
     for piece in packing.pieces:
         q, k, v = query[:, :, piece.own], piece.of(key), piece.of(value)
@@ -82,7 +82,7 @@ def packed_attention(
 
 
 def written_out_masks(packing: Packing, window: int | None, like: Tensor) -> list[Tensor] | None:
-    """The masks of all pieces, (L, seen), where plain rows like these are attended by `written_out.py`; else None."""
+    """The masks of all parts, where plain rows like these are attended by `written_out.py`; else None."""
     where = stands_for.get() if like.is_meta else like.device.type
     if packing.cache is not None or packing.prefixes or not _is_written_out(packing, where, like.dtype):
         return None
@@ -94,7 +94,7 @@ def _is_written_out(packing: Packing, where: str, dtype: torch.dtype) -> bool:
 
 
 def _masks(packing: Packing, window: int | None, like: Tensor) -> list[Tensor]:
-    return [_mask(packing, piece, 0, window, like) for piece in packing.pieces]
+    return [_mask(packing, part, 0, window, like, rounded=True) for part in packing.parts]
 
 
 def _by_lengths(packing: Packing, where: str, dtype: torch.dtype, softcap: float | None, dropout: float) -> bool:
@@ -187,17 +187,24 @@ def _attend_cached(
     return _attend(query, key, value, packing.masks[slot], scale, softcap, 0.0)
 
 
-def _mask(packing: Packing, piece: Piece, before: int, window: int | None, like: Tensor) -> Tensor:
-    """(L, before + seen) additive mask: causal and within the window; all see the prefix and the shared part."""
+def _mask(
+    packing: Packing, piece: Piece, before: int, window: int | None, like: Tensor, rounded: bool = False
+) -> Tensor:
+    """(L, before + seen) additive mask: causal and within the window; all see the prefix and the shared part.
+
+    `rounded` makes it as large as `written_out.py` makes scores; queries that are none see the first key.
+    """
     length, seen = piece.length, before + piece.seen
     window = window if window is not None and window < seen else None
-    slot = (length, seen, window)
+    slot = (length, seen, window, rounded)
     if slot not in packing.masks:
-        queries = torch.arange(seen - length, seen, device=like.device)[:, None]
-        keys = torch.arange(seen, device=like.device)[None, :]
+        shape = (rounded_up(length), rounded_up(seen)) if rounded else (length, seen)
+        queries = torch.arange(seen - length, seen - length + shape[0], device=like.device)[:, None]
+        keys = torch.arange(shape[1], device=like.device)[None, :]
         hidden = keys > queries
         if window is not None:
             hidden |= queries - keys >= window
+            hidden[length:, 0] = False
         mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
         packing.masks[slot] = mask.masked_fill(hidden, float("-inf"))
     return packing.masks[slot]

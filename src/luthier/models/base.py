@@ -133,7 +133,7 @@ class BaseModel:
     @property
     def forks(self) -> bool:
         """Whether rows that begin alike are best laid out as one row with branches: on a CPU, with nothing drawn row by row."""
-        return self.packs and self._on_cpu and not self.embedding_noise and not self._prefixed
+        return self.packs and self.on_cpu and not self.embedding_noise and not self._prefixed
 
     @property
     def packs_pairs(self) -> bool:
@@ -141,7 +141,7 @@ class BaseModel:
 
         An accelerator has fewer launches padded; of a divided base the bias is in a block whose weights are not whole outside.
         """
-        return self.family in biased.PACKED and self._on_cpu and not (self._prefixed or self.sharded)
+        return self.family in biased.PACKED and self.on_cpu and not (self._prefixed or self.sharded)
 
     @property
     def pads(self) -> bool:
@@ -149,7 +149,8 @@ class BaseModel:
         return not (self.packs or self.packs_pairs)
 
     @property
-    def _on_cpu(self) -> bool:
+    def on_cpu(self) -> bool:
+        """Whether it runs on a CPU, or a dry run stands for that."""
         where = attention.stands_for.get() if self.embedding.weight.is_meta else self.device.type
         return where == "cpu"
 

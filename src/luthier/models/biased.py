@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from luthier.models.packing import Crossing, Piece, Seeing
-from luthier.models.written_out import attend_written_out
+from luthier.models.packing import Piece, filler
+from luthier.models.written_out import attend_written_out, rounded_up
 
 NAME = "luthier_biased"
 # Families whose attention hands over its bias.
@@ -35,13 +35,14 @@ class PackedStack:
     """How the tokens of a pass through an encoder or a decoder divide into rows; handed to each of its attentions."""
 
     own: tuple[Piece, ...]
-    across: tuple[Crossing, ...] = ()
+    across: tuple[Piece, ...] = ()
 
-    def layout(self, across: bool, added: Tensor) -> tuple[Sequence[Seeing], list[Tensor | None]]:
+    def layout(self, across: bool, added: Tensor) -> tuple[Sequence[Piece], list[Tensor | None]]:
         """The pieces of an attention and what is added to the scores of each, corners of `added` (H, longest, longest)."""
         if across:
             return self.across, [None] * len(self.across)
-        return self.own, [added[:, : one.length, : one.length] for one in self.own]
+        sizes = [rounded_up(one.length) for one in self.own]
+        return self.own, [added[:, :size, :size] for size in sizes]
 
 
 def run_encoder(stack: Any, embedded: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -62,15 +63,19 @@ def run_decoder(
     `reads` says which of the encoder's rows each of them reads.
     """
     there = _slices(encoded_lengths)
-    across = tuple(Crossing(row, own, there[reads[row]]) for row, own in enumerate(_slices(lengths)))
+    across = tuple(Piece(row, own, (there[reads[row]],)) for row, own in enumerate(_slices(lengths)))
     return _run(stack, embedded, lengths, encoded, across)
 
 
 def _run(
-    stack: Any, embedded: Tensor, lengths: Sequence[int], encoded: Tensor | None, across: tuple[Crossing, ...]
+    stack: Any, embedded: Tensor, lengths: Sequence[int], encoded: Tensor | None, across: tuple[Piece, ...]
 ) -> Tensor:
-    packing = PackedStack(tuple(Piece(row, own) for row, own in enumerate(_slices(lengths))), across)
-    longest = max(lengths)
+    tokens = len(embedded)
+    if extra := filler(tokens):
+        embedded, lengths = F.pad(embedded, (0, 0, 0, extra)), (*lengths, extra)
+        across = (*across, Piece(len(across), slice(tokens, tokens + extra), across[0].keys)) if across else ()
+    packing = PackedStack(tuple(Piece(row, own, (own,)) for row, own in enumerate(_slices(lengths))), across)
+    longest = rounded_up(max(lengths))
     added = stack.block[0].layer[0].SelfAttention.compute_bias(longest, longest, device=embedded.device)[0]
     added = added.contiguous()  # heads stand last in memory as it comes, and adding it takes eight times as long
     if encoded is not None:  # a decoder: nobody sees what comes later
@@ -78,7 +83,7 @@ def _run(
     hidden, other = embedded[None], None if encoded is None else encoded[None]
     for block in stack.block:
         hidden = block(hidden, None, added, other, None, added, packing=packing)[0]
-    states: Tensor = stack.final_layer_norm(hidden)[0]
+    states: Tensor = stack.final_layer_norm(hidden)[0, :tokens]
     return states
 
 

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from luthier.models.base import BaseModel
 from luthier.models.batch import Batch, Packed
 from luthier.models.biased import run_encoder
-from luthier.models.packing import Packing
 from luthier.models.padding import pad
-from luthier.models.run import decode_packed, decode_targets, embed, encode, run_packed
+from luthier.models.run import decode_packed, decode_targets, embed, encode, run_rows
 
 # Families whose decoder is embeddings, `layers` and `norm`, with nothing in between.
 SLICED = {"llama", "mistral", "qwen2", "qwen3"}
@@ -54,7 +53,7 @@ def frozen_states(base: BaseModel, packed: Packed, blocks: int) -> Tensor:
             encoded, mask = encode(base, packed, ())
             return encoded[mask.bool()]
         with only_blocks(base, 0, blocks, norm=False):
-            return _run(base, base.embedding(packed.ids), packed)
+            return run_rows(base, base.embedding(packed.ids), packed)
 
 
 def target_states_behind(base: BaseModel, batch: Batch) -> Tensor:
@@ -66,12 +65,7 @@ def target_states_behind(base: BaseModel, batch: Batch) -> Tensor:
     if base.encoder_decoder:
         return decode_targets(base, batch, *pad(states, batch.source.lengths))
     with only_blocks(base, batch.frozen, base.blocks, norm=True):
-        return _run(base, states, batch.source)[batch.targets]
-
-
-def _run(base: BaseModel, states: Tensor, packed: Packed) -> Tensor:
-    positions = torch.tensor(packed.positions(), device=states.device)[None]
-    return run_packed(base, states[None], positions, Packing(packed.lengths, packed.branches))[0]
+        return run_rows(base, states, batch.source)[batch.targets]
 
 
 @contextmanager

@@ -75,63 +75,56 @@ class RowCache:
         return 0
 
 
+# Steps in which the tokens of a pass grow on a CPU, of passes with at least as many: its library of products makes kernels for
+# every new shape, keeps them (about half a megabyte each) and takes as long for one as a small product does.
+FILLED = {512: 64, 256: 32, 128: 16, 0: 8}
+
+
+def filler(tokens: int) -> int:
+    """How many tokens fill up a pass of so many: a row of zeros at the end, whose states nobody reads."""
+    step = next(step for least, step in FILLED.items() if tokens >= least)
+    return -tokens % step
+
+
+# Queries of a causal piece whose scores are made at once.
+PART = 128
+
+
 class Piece(NamedTuple):
-    """Tokens of one row that follow one another: they see the row's shared part, if they are a branch, and themselves."""
+    """Tokens of one row that follow one another, and where the keys that they see stand, in one run or several."""
 
     row: int
     own: slice
-    shared: slice = slice(0, 0)
+    keys: tuple[slice, ...]
 
     @property
     def length(self) -> int:
         """Queries."""
-        return int(self.own.stop - self.own.start)
+        return tokens_in(self.own)
 
     @property
     def seen(self) -> int:
         """Keys, without a prefix."""
-        return self.length + int(self.shared.stop - self.shared.start)
+        return sum(map(tokens_in, self.keys))
 
     def of(self, heads: Tensor) -> Tensor:
         """What it sees of keys or values (1, K, T, d): (1, K, seen, d)."""
-        own = heads[:, :, self.own]
-        return own if self.seen == self.length else torch.cat([heads[:, :, self.shared], own], dim=2)
+        runs = [heads[:, :, here] for here in self.keys]
+        return runs[0] if len(runs) == 1 else torch.cat(runs, dim=2)
 
-    def give(self, into: Tensor, gradient: Tensor) -> None:
-        """Write the gradient of what it sees, (K, seen, d), where its own tokens stand, and add it where the shared ones do."""
-        shared = self.seen - self.length
-        into[0, :, self.own] = gradient[:, shared:]
-        if shared:  # a piece of its own, which came before
-            into[0, :, self.shared] += gradient[:, :shared]
-
-
-class Crossing(NamedTuple):
-    """Tokens of a decoder's row: they see all of the encoder's row that theirs reads, which others may read too."""
-
-    row: int
-    own: slice
-    there: slice
-
-    @property
-    def length(self) -> int:
-        """Queries."""
-        return int(self.own.stop - self.own.start)
-
-    @property
-    def seen(self) -> int:
-        """Keys."""
-        return int(self.there.stop - self.there.start)
-
-    def of(self, heads: Tensor) -> Tensor:
-        """What it sees of keys or values (1, K, T, d): (1, K, seen, d)."""
-        return heads[:, :, self.there]
-
-    def give(self, into: Tensor, gradient: Tensor) -> None:
-        """Add the gradient of what it sees, (K, seen, d)."""
-        into[0, :, self.there] += gradient
+    def parts(self, most: int) -> list["Piece"]:
+        """A causal piece cut into such of at most so many queries: none of them needs the keys behind its last one."""
+        stops = [*range(self.own.start + most, self.own.stop, most), self.own.stop]
+        starts = [self.own.start, *stops[:-1]]
+        return [
+            Piece(self.row, slice(start, stop), (*self.keys[:-1], slice(self.own.start, stop)))
+            for start, stop in zip(starts, stops, strict=True)
+        ]
 
 
-Seeing = Piece | Crossing
+def tokens_in(run: slice) -> int:
+    """Tokens in a slice."""
+    return int(run.stop - run.start)
 
 
 @dataclass
@@ -167,14 +160,20 @@ class Packing:
             branches = self.branches[row] if self.branches else ()
             shared = slice(start, start + length - sum(branches))
             if shared.stop > shared.start:
-                found.append(Piece(row, shared))
+                found.append(Piece(row, shared, (shared,)))
             cursor = shared.stop
             for branch in branches:
                 if branch:
-                    found.append(Piece(row, slice(cursor, cursor + branch), shared))
+                    own = slice(cursor, cursor + branch)
+                    found.append(Piece(row, own, (shared, own) if shared.stop > shared.start else (own,)))
                 cursor += branch
             start += length
         return tuple(found)
+
+    @cached_property
+    def parts(self) -> tuple[Piece, ...]:
+        """The pieces, long ones cut: for attention with its scores written out, which so makes few that a mask hides."""
+        return tuple(part for piece in self.pieces for part in piece.parts(PART))
 
     @cached_property
     def longest(self) -> int:

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.errors import UserError
@@ -11,7 +12,7 @@ from luthier.models import biased
 from luthier.models.base import BaseModel
 from luthier.models.batch import Batch, Packed, Segment, row_parts, token_parts
 from luthier.models.noise import noisy
-from luthier.models.packing import Packing
+from luthier.models.packing import Packing, filler
 from luthier.models.padding import kept_index, owner_rows, pad, pad_index
 from luthier.models.prefix import Prefixes
 
@@ -75,6 +76,19 @@ def run_packed(base: BaseModel, embedded: Tensor, positions: Tensor, packing: Pa
     return states
 
 
+def run_rows(base: BaseModel, embedded: Tensor, rows: Packed, prefixes: Prefixes | None = None) -> Tensor:
+    """Run the decoder stack of a family that packs on the embeddings (T, D) of rows, laid out as `rows` says: states (T, D)."""
+    tokens = len(embedded)
+    one_tuning = len(base.grafts.route.parts) == 1
+    extra = filler(tokens) if base.on_cpu and one_tuning and not prefixes else 0
+    if extra:
+        embedded = F.pad(embedded, (0, 0, 0, extra))
+        rows = Packed(rows.ids, (*rows.lengths, extra), (*rows.branches, ()) if rows.branches else ())
+    positions = torch.tensor(rows.positions(prefixes.lengths if prefixes else ()), device=embedded.device)[None]
+    packing = Packing(rows.lengths, rows.branches, prefixes=prefixes)
+    return run_packed(base, embedded[None], positions, packing)[0, :tokens]
+
+
 def _run_decoder(
     base: BaseModel, packed: Packed, segments: tuple[Segment, ...]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -84,10 +98,7 @@ def _run_decoder(
     if base.packs:
         if segments:
             base.grafts.use_segments(segments, token_parts(segments, lengths), axis=1)
-        starts = prefixes.lengths if prefixes else ()
-        positions = torch.tensor(grown.positions(starts), device=embedded.device)[None]
-        packing = Packing(lengths, packed.branches, prefixes=prefixes)
-        return run_packed(base, embedded[None], positions, packing), shift, None
+        return run_rows(base, embedded, grown, prefixes)[None], shift, None
     assert not packed.branches, "branches need a family that packs"
     if segments:
         base.grafts.use_segments(segments, row_parts(segments), axis=0)

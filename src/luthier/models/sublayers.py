@@ -19,7 +19,7 @@ from torch import Tensor
 
 from luthier.models.activations import Activation
 from luthier.models.norms import norm_again, norm_backward, norm_forward, norm_weight_backward
-from luthier.models.packing import Seeing
+from luthier.models.packing import Piece
 from luthier.models.products import Product
 from luthier.models.rotary import rotate
 from luthier.models.scratch import Scratch
@@ -88,7 +88,7 @@ class Attention(Sublayer):
         norm: Any,
         products: Sequence[Product],
         scratch: Scratch,
-        pieces: Sequence[Seeing],
+        pieces: Sequence[Piece],
         masks: Sequence[Tensor | None],
         width: int,
         scale: float,
@@ -129,8 +129,7 @@ class Attention(Sublayer):
         by_output = output.backward(upstream, mixed, of_output, into_mixed := self._take("into mixed", x, q.shape[1]))  # type: ignore[arg-type]
 
         into = [self._take(f"into {name}", one, one.shape[1]) for name, one in (("q", q), ("k", k), ("v", v))]
-        if encoded is not None:  # whose rows several may read
-            into[1].zero_(), into[2].zero_()
+        into[1].zero_(), into[2].zero_()
         (of_q, of_k, of_v), gradients = [
             (self._heads(a), self._heads(b), self._heads(c)) for a, b, c in ((q, k, v), into)
         ]

@@ -6,6 +6,9 @@
 The softmax is in fp32, as transformers' is. P is kept for the backward pass where it is small beside what the rest of a block
 keeps, and computed again where it is not: it grows with the square of a row. One function for all pieces, because the gradient
 of a slice is a tensor of the whole size; heads that share a key head stand one under the other, in one product with it.
+
+Queries and keys are copied into places of rounded sizes, the rest zeros, whose scores as keys are -inf. A CPU's library of products
+makes a kernel for every new shape, which takes longer than running it, and rows of odd lengths are slow in all that follows.
 """
 
 from collections.abc import Sequence
@@ -14,19 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.models.packing import Seeing
+from luthier.models.packing import Piece, tokens_in
 from luthier.models.scratch import Scratch
 
 # P of a piece that sees more keys is computed again, by one of its six products and the softmax: of 9 heads it takes 18 bytes a
 # key and token, which for 600 keys is what a block keeps of a token for everything else.
 KEPT_TO = 384
+# Sizes are rounded up to multiples of this.
+PLACES = 32
+
+
+def rounded_up(size: int) -> int:
+    """The places that so many queries or keys take."""
+    return -(-size // PLACES) * PLACES
 
 
 def attend_written_out(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pieces: Sequence[Seeing],
+    pieces: Sequence[Piece],
     masks: Sequence[Tensor | None],
     scale: float,
     bias: Tensor | None = None,
@@ -47,7 +57,7 @@ class _WrittenOut(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         bias: Tensor | None,
-        pieces: Sequence[Seeing],
+        pieces: Sequence[Piece],
         masks: Sequence[Tensor | None],
         scale: float,
     ) -> Tensor:
@@ -73,35 +83,35 @@ def new_into_bias(bias: Tensor) -> Tensor:
     return torch.zeros_like(bias, dtype=torch.float32)
 
 
-def kept_size(heads: int, pieces: Sequence[Seeing]) -> int:
+def kept_size(heads: int, pieces: Sequence[Piece]) -> int:
     """How many numbers of P are kept for these pieces."""
-    return sum(heads * piece.length * piece.seen for piece in pieces if piece.seen <= KEPT_TO)
+    return sum(heads * rounded_up(one.length) * rounded_up(one.seen) for one in pieces if one.seen <= KEPT_TO)
 
 
 def attend_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pieces: Sequence[Seeing],
+    pieces: Sequence[Piece],
     masks: Sequence[Tensor | None],
     scale: float,
     out: Tensor,
     room: Tensor,
     scratch: Scratch,
 ) -> list[Tensor | None]:
-    """Write the attention into `out` (1, T, H, d); returns each piece's P (K, H / K * L, seen), which stands in `room`
-    (`kept_size`,), None where it is not kept.
+    """Write the attention into `out` (1, T, H, d); returns each piece's P (K, H / K * L, seen), L and seen rounded up, which
+    stands in `room` (`kept_size`,), None where it is not kept.
     """
     kept: list[Tensor | None] = []
-    start = 0
+    start, groups = 0, key.shape[1]
     for piece, mask in zip(pieces, masks, strict=True):
         stop = start + kept_size(query.shape[1], [piece])
-        place = room[start:stop].view(key.shape[1], -1, piece.seen) if stop > start else None
-        stacked = _stacked(query, piece.own, key.shape[1], scratch, "query").mul_(scale)
-        weights = _weights(stacked, piece.of(key)[0], mask, scratch, place)
+        place = room[start:stop].view(groups, -1, rounded_up(piece.seen)) if stop > start else None
+        scaled = _queries(query, piece, groups, scratch, "query", scale)
+        weights = _weights(scaled, _copy(key, piece.keys, scratch, "key"), piece, mask, scratch, place)
         start = stop
-        found = _product(weights, piece.of(value)[0], scratch, "found").view(-1, piece.length, query.shape[3])
-        out[0, piece.own] = found.transpose(0, 1)
+        found = _product(weights, _copy(value, piece.keys, scratch, "value"), scratch, "found")
+        out[0, piece.own] = _by_head(found, piece, query).transpose(0, 1)
         kept.append(place)
     return kept
 
@@ -112,43 +122,49 @@ def attend_backward(
     key: Tensor,
     value: Tensor,
     kept: Sequence[Tensor | None],
-    pieces: Sequence[Seeing],
+    pieces: Sequence[Piece],
     masks: Sequence[Tensor | None],
     scale: float,
     into: tuple[Tensor, Tensor, Tensor],
     into_bias: Tensor | None,
     scratch: Scratch,
 ) -> None:
-    """Write the gradients of query, key and value into `into`, from that of the output (1, T, H, d).
+    """Write the gradient of the query into `into`, from that of the output (1, T, H, d), and add those of key and value.
 
-    A `Crossing` adds to what stands in the last two, and all add the gradient of their mask to `into_bias`, where it is wanted.
+    What is added to the masks' gradient, `into_bias`, where it is wanted, is that of all pieces.
     """
     upstream = upstream.transpose(1, 2)  # (1, H, T, d)
     into_query, into_key, into_value = into
-    groups, width = key.shape[1], query.shape[3]
+    groups = key.shape[1]
     for piece, weights, mask in zip(pieces, kept, masks, strict=True):
-        own, seen = _stacked(upstream, piece.own, groups, scratch, "upstream"), piece.of(key)[0]
-        stacked = _stacked(query, piece.own, groups, scratch, "query").mul_(scale)
+        own, seen = _queries(upstream, piece, groups, scratch, "upstream"), _copy(key, piece.keys, scratch, "key")
+        scaled = _queries(query, piece, groups, scratch, "query", scale)
         if weights is None:
-            weights = _weights(stacked, seen, mask, scratch)
-        piece.give(into_value, _product(weights.transpose(1, 2), own, scratch, "found"))
-        into_weights = _product(own, piece.of(value)[0].transpose(1, 2), scratch, "scores")
+            weights = _weights(scaled, seen, piece, mask, scratch)
+        _add(into_value, piece, _product(weights.transpose(1, 2), own, scratch, "into keys"))
+        into_weights = _product(own, _copy(value, piece.keys, scratch, "value").transpose(1, 2), scratch, "scores")
         into_scores = scratch.take("into scores", weights.shape, weights)
         torch.ops.aten._softmax_backward_data.out(into_weights, weights, -1, weights.dtype, grad_input=into_scores)
         if into_bias is not None:
-            into_bias[:, : piece.length, : piece.seen] += into_scores.view(-1, piece.length, piece.seen)
-        into_rows = _product(into_scores, seen, scratch, "found").mul_(scale)
-        into_query[0, :, piece.own] = into_rows.view(-1, piece.length, width)
-        piece.give(into_key, _product(into_scores.transpose(1, 2), stacked, scratch, "found"))
+            by_head = into_scores.view(query.shape[1], -1, into_scores.shape[2])
+            into_bias[:, : by_head.shape[1], : by_head.shape[2]] += by_head
+        found = _by_head(_product(into_scores, seen, scratch, "found"), piece, query)
+        if scale == 1:
+            into_query[0, :, piece.own] = found
+        else:
+            torch.mul(found, scale, out=into_query[0, :, piece.own])
+        _add(into_key, piece, _product(into_scores.transpose(1, 2), scaled, scratch, "into keys"))
 
 
 def _weights(
-    scaled: Tensor, seen: Tensor, mask: Tensor | None, scratch: Scratch, place: Tensor | None = None
+    scaled: Tensor, seen: Tensor, piece: Piece, mask: Tensor | None, scratch: Scratch, place: Tensor | None = None
 ) -> Tensor:
     """P of queries (K, H / K * L, d), which are scaled already, and the keys that they see, (K, seen, d); at `place`, if any."""
     scores = _product(scaled, seen.transpose(1, 2), scratch, "scores")
     if mask is not None:
         scores.view(-1, *mask.shape).add_(mask)
+    if piece.seen < scores.shape[2]:
+        scores[:, :, piece.seen :] = float("-inf")
     into = scratch.take("weights", scores.shape, scores) if place is None else place
     if scores.dtype == torch.float32:
         return torch.softmax(scores, -1, out=into)
@@ -161,7 +177,38 @@ def _product(one: Tensor, other: Tensor, scratch: Scratch, name: str) -> Tensor:
     return torch.bmm(one, other, out=scratch.take(name, (len(one), one.shape[1], other.shape[2]), one))
 
 
-def _stacked(heads: Tensor, here: slice, groups: int, scratch: Scratch, name: str) -> Tensor:
-    """A copy of some tokens, the heads that share a key head one under the other: (K, H / K * L, d)."""
-    some = heads[0, :, here]
-    return scratch.take(name, some.shape, some).copy_(some).view(groups, -1, heads.shape[3])
+def _add(into: Tensor, piece: Piece, gradient: Tensor) -> None:
+    """Add the gradient of what a piece sees, (K, seen, d), where that stands."""
+    start = 0
+    for run in piece.keys:
+        stop = start + tokens_in(run)
+        into[0, :, run] += gradient[:, start:stop]
+        start = stop
+
+
+def _copy(heads: Tensor, runs: Sequence[slice], scratch: Scratch, name: str, scale: float = 1) -> Tensor:
+    """A copy of some tokens of (1, H, T, d) with zeros behind, (H, L, d)."""
+    _, count, _, width = heads.shape
+    places = rounded_up(sum(map(tokens_in, runs)))
+    copy = scratch.take(name, (count, places, width), heads)
+    start = 0
+    for run in runs:
+        stop = start + tokens_in(run)
+        if scale == 1:
+            copy[:, start:stop] = heads[0, :, run]
+        else:
+            torch.mul(heads[0, :, run], scale, out=copy[:, start:stop])
+        start = stop
+    if start < places:
+        copy[:, start:] = 0
+    return copy
+
+
+def _queries(heads: Tensor, piece: Piece, groups: int, scratch: Scratch, name: str, scale: float = 1) -> Tensor:
+    """A copy of a piece's own tokens, the heads that share a key head one under the other: (K, H / K * L, d)."""
+    return _copy(heads, (piece.own,), scratch, name, scale).view(groups, -1, heads.shape[3])
+
+
+def _by_head(stacked: Tensor, piece: Piece, query: Tensor) -> Tensor:
+    """(K, H / K * L, d) as (H, the piece's queries, d)."""
+    return stacked.view(query.shape[1], -1, query.shape[3])[:, : piece.length]

@@ -46,7 +46,7 @@ def _sublayers(block: Any, x: Tensor, packing: Packing | None, positions: Any) -
     if mixing is None or inner is None:
         return None
     cos, sin = (one[0][:, None] for one in positions)  # (T, 1, d)
-    scratch, pieces = scratch_of(block), packing.pieces
+    scratch, pieces = scratch_of(block), packing.parts
     width, scale = attention.head_dim, attention.scaling
     gate, up, down = inner
     return (
