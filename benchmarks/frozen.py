@@ -77,7 +77,11 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if side not in operations:
                 base.use("t")
                 with Products() as products:
-                    accumulate(base, step_rows(Shuffled(used, 0), BATCH, 0), settings.token_budget(base.device.type))
+                    accumulate(
+                        base,
+                        step_rows(Shuffled(used, 0), BATCH, 0),
+                        settings.token_budget(base.device.type, base.blocks * base.width),
+                    )
                 operations[side] = products.flops
                 detach(base, "t")
                 attach(base, "t", method, 0)

@@ -47,7 +47,7 @@ class Work:
         steps: list[list[Encoded]] = []
         tokens, said = 0, ""
         if isinstance(method, Method):
-            steps, tokens, said = _training(recipe, name, tasks, encoder, reserve, base.pads)
+            steps, tokens, said = _training(recipe, name, tasks, encoder, reserve, base)
         chosen = recipe.tunings[method.of if isinstance(method, Interpolation) else name].tasks
         held = [one for task, each in tasks if not chosen or task.name in chosen for one in each.validation[:LOOKED_AT]]
         extra = _shots(method, tasks, encoder)
@@ -74,14 +74,15 @@ def _size(group: Sequence[Encoded]) -> tuple[int, int]:
 
 
 def _training(
-    recipe: Recipe, name: str, tasks: list[tuple[Task, Examples]], encoder: Encoder, reserve: int, padded: bool
+    recipe: Recipe, name: str, tasks: list[tuple[Task, Examples]], encoder: Encoder, reserve: int, base: BaseModel
 ) -> tuple[list[list[Encoded]], int, str]:
     """Of the training rows an earlier micro-batch, and those of the step with the largest; their tokens; which rows they are.
 
     Where there are too many or they are streamed, of rows of `max_length`.
     """
     settings = recipe.tunings[name].training
-    budget = settings.token_budget(resolve_device(recipe.base.device).type)
+    budget = settings.token_budget(resolve_device(recipe.base.device).type, base.blocks * base.width)
+    padded = base.pads
     if all(each.stream is None and 0 < len(each.train) <= FEW_ROWS for _, each in tasks):
         stream, _ = training_rows(recipe, recipe.tunings[name], tasks, encoder, reserve)
         steps = settings.steps(len(stream))

@@ -85,7 +85,8 @@ def train(
             remove_partial(path)
 
     torch.manual_seed(seed)
-    progress = Progress(micro_batch_tokens=settings.token_budget(base.device.type), loss_scale=first_scale(base.dtype))
+    budget = settings.token_budget(base.device.type, base.blocks * base.width)
+    progress = Progress(micro_batch_tokens=budget, loss_scale=first_scale(base.dtype))
     if checkpoint.is_file():
         progress, weights, state = read_checkpoint(checkpoint, owned)
         copy_into(locals_of(owned), weights, str(checkpoint))

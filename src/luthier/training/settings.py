@@ -8,6 +8,8 @@ from luthier.training.optimizer import Kind
 
 # Micro-batches of this many tokens keep a few cores busy, and of this many an accelerator, whose launches they share.
 CPU_TOKENS, ACCELERATOR_TOKENS = 1024, 8192
+# On a CPU as many thousands more, to so many, as keep no more than those do in a model of this many blocks times width.
+MOST_CPU_TOKENS, STATES = 4096, 30 * 576
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,11 @@ class TrainingSettings:
         if self.neftune and self.frozen_cache:
             raise ValueError("neftune puts new noise on every row, so frozen_cache has nothing to keep: choose one")
 
-    def token_budget(self, device: str) -> int:
-        """Tokens run at once on a device of this type ("cpu", "cuda")."""
-        return self.micro_batch_tokens or (CPU_TOKENS if device == "cpu" else ACCELERATOR_TOKENS)
+    def token_budget(self, device: str, states: int = STATES) -> int:
+        """Tokens run at once on a device of this type ("cpu", "cuda"), through blocks times width of `states`."""
+        if self.micro_batch_tokens or device != "cpu":
+            return self.micro_batch_tokens or ACCELERATOR_TOKENS
+        return min(MOST_CPU_TOKENS, CPU_TOKENS * max(1, STATES // states))
 
     def steps(self, rows: int) -> int:
         """Optimizer steps for a training split of `rows` rows."""
