@@ -33,7 +33,7 @@ from luthier.work import Work
 FEW = 2
 # On a CPU, what libraries hold from their first use on, their code, tables and buffers: after reading a base, after training
 # one of almost no weights, and bitsandbytes from its import on (docs/planning.md).
-READING, PROCESS, PACKING = 40_000_000, 80_000_000, 47_000_000
+READING, PROCESS, PACKING = 40_000_000, 66_000_000, 47_000_000
 
 Owned = Mapping[str, Parameter]
 

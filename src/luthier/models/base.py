@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from luthier.errors import UserError
 from luthier.models import attention, biased
 from luthier.models.allocator import give_back_freed_memory, keep_freed_memory
+from luthier.models.batch import Segment
 from luthier.models.fast_paths import quicken
 from luthier.models.grafted import Grafted
 from luthier.models.grafts import Grafts
@@ -133,30 +134,28 @@ class BaseModel:
     @property
     def forks(self) -> bool:
         """Whether rows that begin alike are best laid out as one row with branches: on a CPU, with nothing drawn row by row."""
-        return self.packs and self.on_cpu and not self.embedding_noise and not self._prefixed
+        prefixed = self.grafts.name_of(0, ()) in self.grafts.prefixes
+        return self.packs and self.on_cpu and not self.embedding_noise and not prefixed
 
-    @property
-    def packs_pairs(self) -> bool:
-        """Whether the rows of an encoder-decoder run one after another in both stacks: on a CPU, through a base in one piece.
+    def packs_pairs(self, segments: tuple[Segment, ...] = ()) -> bool:
+        """Whether the rows of an encoder-decoder run one after another in both stacks: on a CPU, through one tuning or none.
 
         An accelerator has fewer launches padded; of a divided base the bias is in a block whose weights are not whole outside.
         """
-        return self.family in biased.PACKED and self.on_cpu and not (self._prefixed or self.sharded)
+        if self.family not in biased.PACKED or not self.on_cpu or self.sharded or len(segments) > 1:
+            return False
+        return self.grafts.name_of(0, segments) not in self.grafts.prefixes
 
     @property
     def pads(self) -> bool:
         """Whether the rows of a batch run padded to the longest, through the tuning in use."""
-        return not (self.packs or self.packs_pairs)
+        return not (self.packs or self.packs_pairs())
 
     @property
     def on_cpu(self) -> bool:
         """Whether it runs on a CPU, or a dry run stands for that."""
         where = attention.stands_for.get() if self.embedding.weight.is_meta else self.device.type
         return where == "cpu"
-
-    @property
-    def _prefixed(self) -> bool:
-        return self.grafts.name_of(0, ()) in self.grafts.prefixes
 
     @property
     def decoder_start(self) -> int:

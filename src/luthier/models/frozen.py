@@ -47,7 +47,7 @@ def _first_block(path: str, blocks: int) -> int:
 def frozen_states(base: BaseModel, packed: Packed, blocks: int) -> Tensor:
     """The states of rows after the first `blocks` blocks (of an encoder-decoder: its encoder): (T, D)."""
     with base.grafts.bare():
-        if base.packs_pairs:
+        if base.packs_pairs():
             return run_encoder(base.model.get_encoder(), embed(base, packed, ())[0], packed.lengths)
         if base.encoder_decoder:
             encoded, mask = encode(base, packed, ())
@@ -60,7 +60,7 @@ def target_states_behind(base: BaseModel, batch: Batch) -> Tensor:
     """As `run.target_states`, of a batch that brings its states along."""
     assert batch.states is not None
     states = batch.states.to(base.dtype)
-    if base.packs_pairs:
+    if base.packs_pairs():
         return decode_packed(base, batch, states, batch.source.lengths)
     if base.encoder_decoder:
         return decode_targets(base, batch, *pad(states, batch.source.lengths))

@@ -20,8 +20,8 @@ from luthier.models.prefix import Prefixes
 def target_states(base: BaseModel, batch: Batch) -> Tensor:
     """Run a batch; return the states (N, D) that predict its labels."""
     segments = batch.segments
-    if base.packs_pairs and not segments:
-        embedded, lengths, _ = embed(base, batch.source, ())
+    if base.packs_pairs(segments):
+        embedded, lengths, _ = embed(base, batch.source, segments)
         return decode_packed(base, batch, biased.run_encoder(base.model.get_encoder(), embedded, lengths), lengths)
     if base.encoder_decoder:
         return decode_targets(base, batch, *encode(base, batch.source, segments))
