@@ -11,6 +11,7 @@ from luthier.encoding.batches import collate, micro_batches
 from luthier.encoding.encoder import Encoded, Encoder, cut_middle
 from luthier.encoding.order import Shuffled, step_rows
 from luthier.errors import UserError
+from luthier.training.settings import TrainingSettings
 
 KINDS = {
     "chat": lambda: Encoder(tiny.byte_bpe(), encoder_decoder=False, chat=True, max_length=200),
@@ -112,3 +113,46 @@ def test_steps_cover_an_epoch_and_micro_batches_keep_to_their_budget() -> None:
             cost = max(map(len, group)) * len(group) if padded else sum(map(len, group))
             assert cost <= 20
     assert len(micro_batches(rows, 1, False)) == 30
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_micro_batches_are_as_few_as_the_budget_allows_and_about_equal(padded: bool) -> None:
+    draw = random.Random(0)
+    for _ in range(50):
+        rows = [
+            Encoded(str(i), [1] * draw.randint(1, 60), [2] * draw.randint(1, 9)) for i in range(draw.randint(1, 12))
+        ]
+        budget = draw.randint(30, 200)
+
+        def cost(group: list[Encoded], padded: bool = padded) -> int:
+            return len(group) * len(group[0]) if padded else sum(map(len, group))
+
+        def first_fit(budget: int, rows: list[Encoded] = rows) -> list[list[Encoded]]:
+            groups: list[list[Encoded]] = []
+            for row in sorted(rows, key=len, reverse=True):
+                if groups and cost([*groups[-1], row]) <= budget:
+                    groups[-1].append(row)
+                else:
+                    groups.append([row])
+            return groups
+
+        found = micro_batches(rows, budget, padded)
+        assert sorted(row.id for group in found for row in group) == sorted(row.id for row in rows)
+        assert all(cost(group) <= budget or len(group) == 1 for group in found)
+        fewest = len(first_fit(budget))
+        assert len(found) == fewest
+        most = max(map(cost, found))
+        assert all(len(first_fit(less)) > fewest for less in range(1, most) if most > max(map(len, rows)))
+
+
+def test_small_models_take_more_tokens_at_once_on_a_cpu() -> None:
+    default, own = TrainingSettings(), TrainingSettings(micro_batch_tokens=77)
+    assert (
+        default.token_budget("cpu")
+        == default.token_budget("cpu", 30 * 576)
+        == default.token_budget("cpu", 10**6)
+        == 1024
+    )
+    assert default.token_budget("cpu", 8 * 1024) == 2048 and default.token_budget("cpu", 64) == 4096
+    assert default.token_budget("cuda", 64) == 8192
+    assert own.token_budget("cpu", 64) == own.token_budget("cuda", 64) == 77
