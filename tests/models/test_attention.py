@@ -5,7 +5,7 @@ import torch
 from tests.tiny import DEVICE
 
 from luthier.models import packing as packing_module
-from luthier.models.attention import _as_one_call, _by_lengths, _flash_runs, _masks, _together, packed_attention
+from luthier.models.attention import _as_one_call, _attended, _by_lengths, _flash_runs, _together, packed_attention
 from luthier.models.packing import Packing
 from luthier.models.written_out import attend_written_out
 
@@ -85,9 +85,9 @@ def test_the_gradient_written_out_is_autograds(rows: tuple, window: int | None, 
     upstream = torch.randn(1, 16, 4, 8)
     monkeypatch.setattr(packing_module, "PART", part)
     packing = Packing(*rows)
-    masks = _masks(packing, window, inputs[0])
-    assert (len(masks) > len(packing.pieces)) == (part == 3)
-    found = attend_written_out(*inputs, packing.parts, masks, 0.3)
+    attended = _attended(packing, window, 0.3, inputs[0])
+    assert (len(attended.pieces) > len(packing.pieces)) == (part == 3)
+    found = attend_written_out(*inputs, attended)
     expected, _ = packed_attention(None, *inputs, scaling=0.3, packing=packing, sliding_window=window)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     gradients = [torch.autograd.grad(out, inputs, upstream) for out in (found, expected)]

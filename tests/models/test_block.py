@@ -208,12 +208,30 @@ def test_a_copied_model_runs_its_own_modules(passes, monkeypatch) -> None:
         assert (own[name] - one).norm() <= 1e-5 * one.norm(), name
 
 
-@pytest.mark.parametrize("place", ["mlp", "self_attn", "input_layernorm", "mlp.up_proj", "self_attn.v_proj"])
+@pytest.mark.parametrize(
+    "place", ["mlp", "mlp.act_fn", "self_attn", "input_layernorm", "mlp.up_proj", "self_attn.v_proj"]
+)
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
 def test_hooks_in_a_block_are_called(place: str, kind: str, passes) -> None:
     base = prepared("llama", {"method": "lora", "targets": ["v_proj"]})  # whose module is a graft
+    check_hooks(base, base.model.model.layers[0], place, kind, passes)
+
+
+PLACES_IN_T5 = [
+    *("layer.0", "layer.0.layer_norm", "layer.1.EncDecAttention", "layer.1.EncDecAttention.v"),
+    *("layer.2.DenseReluDense", "layer.2.DenseReluDense.act", "layer.2.DenseReluDense.wi_1"),
+]
+
+
+@pytest.mark.parametrize("place", PLACES_IN_T5)
+def test_hooks_in_t5s_block_are_called(place: str, passes) -> None:
+    base = prepared("t5-gated", {"method": "lora", "targets": ["v_proj"]})
+    check_hooks(base, base.model.decoder.block[0], place, "register_forward_hook", passes)
+
+
+def check_hooks(base: BaseModel, hooked: torch.nn.Module, place: str, kind: str, passes: list[bool]) -> None:
     called: list[str] = []
-    hook = getattr(base.model.model.layers[0].get_submodule(place), kind)(lambda *_: called.append(place))
+    hook = getattr(hooked.get_submodule(place), kind)(lambda *_: called.append(place))
     run(base)
     hook.remove()
-    assert called == [place] and passes == [False] + [True] * (base.blocks - 1)
+    assert called == [place] and sorted(passes) == [False] + [True] * (blocks(base) - 1)

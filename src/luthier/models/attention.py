@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 from luthier.models.packing import Packing, Piece
 from luthier.models.padded_rows import padded, unpadded
-from luthier.models.written_out import attend_written_out, rounded_up
+from luthier.models.written_out import Attended, attend_written_out, rounded_up
 
 NAME = "luthier_packed"
 
@@ -61,10 +61,9 @@ def packed_attention(
         return _at_lengths(query, key, value, packing, scale, sliding_window), None
     if _as_one_call(packing, where, softcap, sliding_window):
         return _together(query, key, value, packing, scale, dropout), None
-    written_out = _is_written_out(packing, where, query.dtype)
-    if written_out and not packing.prefixes and softcap is None and not dropout:
-        masks = _masks(packing, sliding_window, query)
-        return attend_written_out(query, key, value, packing.parts, masks, scale), None
+    explicit = _is_written_out(packing, where, query.dtype)
+    if explicit and not packing.prefixes and softcap is None and not dropout:
+        return attend_written_out(query, key, value, _attended(packing, sliding_window, scale, query)), None
     outputs = []
     for piece in packing.pieces:
         q, k, v = query[:, :, piece.own], piece.of(key), piece.of(value)
@@ -73,7 +72,7 @@ def packed_attention(
             k, v = torch.cat([prefix[0], k], dim=2), torch.cat([prefix[1], v], dim=2)
         before = k.shape[2] - piece.seen
         narrow = sliding_window is not None and sliding_window < k.shape[2]
-        if k.shape[2] == piece.length and not narrow and not written_out and softcap is None:
+        if k.shape[2] == piece.length and not narrow and not explicit and softcap is None:
             outputs.append(_fused(q, k, v, scale, dropout))
         else:
             mask = _mask(packing, piece, before, sliding_window, q)
@@ -81,20 +80,21 @@ def packed_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def written_out_masks(packing: Packing, window: int | None, like: Tensor) -> list[Tensor] | None:
-    """The masks of all parts, where plain rows like these are attended by `written_out.py`; else None."""
+def written_out(packing: Packing, window: int | None, scale: float, like: Tensor) -> Attended | None:
+    """How plain rows like these are attended by `written_out.py`, where they are; else None."""
     where = stands_for.get() if like.is_meta else like.device.type
     if packing.cache is not None or packing.prefixes or not _is_written_out(packing, where, like.dtype):
         return None
-    return _masks(packing, window, like)
+    return _attended(packing, window, scale, like)
 
 
 def _is_written_out(packing: Packing, where: str, dtype: torch.dtype) -> bool:
     return where == "cpu" and dtype == torch.bfloat16 and packing.longest <= _LONGEST_EXPLICIT
 
 
-def _masks(packing: Packing, window: int | None, like: Tensor) -> list[Tensor]:
-    return [_mask(packing, part, 0, window, like, rounded=True) for part in packing.parts]
+def _attended(packing: Packing, window: int | None, scale: float, like: Tensor) -> Attended:
+    masks = [_mask(packing, part, 0, window, like, rounded=True) for part in packing.parts]
+    return Attended(packing.parts, masks, scale)
 
 
 def _by_lengths(packing: Packing, where: str, dtype: torch.dtype, softcap: float | None, dropout: float) -> bool:

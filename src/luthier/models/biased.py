@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from luthier.models.packing import Piece, filler
-from luthier.models.written_out import attend_written_out, rounded_up
+from luthier.models.written_out import Attended, attend_written_out, rounded_up
 
 NAME = "luthier_biased"
 # Families whose attention hands over its bias.
@@ -37,12 +37,12 @@ class PackedStack:
     own: tuple[Piece, ...]
     across: tuple[Piece, ...] = ()
 
-    def layout(self, across: bool, added: Tensor) -> tuple[Sequence[Piece], list[Tensor | None]]:
-        """The pieces of an attention and what is added to the scores of each, corners of `added` (H, longest, longest)."""
+    def attended(self, across: bool, added: Tensor, scale: float) -> Attended:
+        """How one of its attentions runs; `added`, (H, longest, longest), is what all attentions to the same tokens add."""
         if across:
-            return self.across, [None] * len(self.across)
+            return Attended(self.across, [None] * len(self.across), scale)
         sizes = [rounded_up(one.length) for one in self.own]
-        return self.own, [added[:, :size, :size] for size in sizes]
+        return Attended(self.own, [added[:, :size, :size] for size in sizes], scale)
 
 
 def run_encoder(stack: Any, embedded: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -111,9 +111,8 @@ def biased_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if packing is not None:
         across = bool(packing.across) and not module.is_causal
-        pieces, masks = packing.layout(across, position_bias)
-        bias = None if across else position_bias
-        return attend_written_out(query, key, value, pieces, masks, scale, bias), None
+        attended = packing.attended(across, position_bias, scale)
+        return attend_written_out(query, key, value, attended, None if across else position_bias), None
     added = _added(position_bias, attention_mask)
     if dropout or (added.requires_grad and torch.is_grad_enabled()):
         scores = query @ key.transpose(2, 3) * scale + added

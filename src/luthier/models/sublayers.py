@@ -19,11 +19,10 @@ from torch import Tensor
 
 from luthier.models.activations import Activation
 from luthier.models.norms import norm_again, norm_backward, norm_forward, norm_weight_backward
-from luthier.models.packing import Piece
 from luthier.models.products import Product
 from luthier.models.rotary import rotate
 from luthier.models.scratch import Scratch
-from luthier.models.written_out import attend_backward, attend_forward, kept_size, new_into_bias
+from luthier.models.written_out import Attended, attend_backward, attend_forward, kept_size, new_into_bias
 
 # What a sublayer keeps, in an order of its own.
 Kept = list[Tensor | None]
@@ -79,8 +78,8 @@ class Sublayer(ABC):
 class Attention(Sublayer):
     """Attention to the same tokens, or with `encoded`, (T', D), to those of an encoder.
 
-    `products` are those of queries, keys, values and output; `masks` what is added to the scores of each piece, corners of
-    `bias` where that has a gradient; `rotary` cosines and sines (T, 1, d); `width` is a head's d.
+    `products` are those of queries, keys, values and output; the masks of `attended` are corners of `bias` where that has a
+    gradient; `rotary` are cosines and sines (T, 1, d); `width` is a head's d.
     """
 
     def __init__(
@@ -88,17 +87,14 @@ class Attention(Sublayer):
         norm: Any,
         products: Sequence[Product],
         scratch: Scratch,
-        pieces: Sequence[Piece],
-        masks: Sequence[Tensor | None],
+        attended: Attended,
         width: int,
-        scale: float,
         rotary: tuple[Tensor, Tensor] | None = None,
         bias: Tensor | None = None,
         encoded: Tensor | None = None,
     ):
         super().__init__(norm, products, scratch, (bias, encoded))
-        self.pieces, self.masks, self.width, self.scale, self.rotary = pieces, masks, width, scale, rotary
-        self.bias, self.encoded = bias, encoded
+        self.attended, self.width, self.rotary, self.bias, self.encoded = attended, width, rotary, bias, encoded
 
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
         """Kept: x, what keys and values were made of, q, k, v, the mixed values, the norm's scale, the products', the weights."""
@@ -106,15 +102,14 @@ class Attention(Sublayer):
         n, scale = self._normed(x)
         seen = n if self.encoded is None else self.encoded
         shapes = [(x, query.width), (seen, key.width), (seen, key.width), (x, query.width), (x, x.shape[1])]
-        sizes = [kept_size(query.width // self.width, self.pieces), *(len(of) * width for of, width in shapes)]
+        sizes = [kept_size(query.width // self.width, self.attended.pieces), *(len(of) * width for of, width in shapes)]
         room, *flat = x.new_empty(sum(sizes)).split(sizes)
         q, k, v, mixed, y = (part.view(-1, width) for part, (_, width) in zip(flat, shapes, strict=True))
 
         by_query = self._turned(query, n, q)
         by_key = self._turned(key, seen, k)
         by_value = value.forward(seen, v)
-        heads, by_token = (self._heads(q), self._heads(k), self._heads(v)), self._by_token(mixed)
-        weights = attend_forward(*heads, self.pieces, self.masks, self.scale, by_token, room, self.scratch)
+        weights = attend_forward(*self._three((q, k, v)), self.attended, self._by_token(mixed), room, self.scratch)
         by_output = output.forward(mixed, change := self._take("change", x, x.shape[1]))
         torch.add(x, change, out=y)
         self.counts = [len(one) for one in (by_query, by_key, by_value, by_output)]
@@ -129,15 +124,11 @@ class Attention(Sublayer):
         by_output = output.backward(upstream, mixed, of_output, into_mixed := self._take("into mixed", x, q.shape[1]))  # type: ignore[arg-type]
 
         into = [self._take(f"into {name}", one, one.shape[1]) for name, one in (("q", q), ("k", k), ("v", v))]
-        into[1].zero_(), into[2].zero_()
-        (of_q, of_k, of_v), gradients = [
-            (self._heads(a), self._heads(b), self._heads(c)) for a, b, c in ((q, k, v), into)
-        ]
+        for one in into[1:]:  # what several pieces see is a sum
+            one.zero_()
         into_bias = new_into_bias(self.bias) if self.bias is not None and self.wants[0] else None
-        attend_backward(
-            self._by_token(into_mixed), of_q, of_k, of_v, weights, self.pieces, self.masks, self.scale, gradients, into_bias,
-            self.scratch,
-        )  # fmt: skip
+        heads, gradients = self._three((q, k, v)), self._three(into)
+        attend_backward(self._by_token(into_mixed), heads, weights, self.attended, gradients, into_bias, self.scratch)
         into_q, into_k = self._turned_back(into[0], "straight"), self._turned_back(into[1], "straight too")
 
         n = self._normed_again(x, scale, [query] if encoded is not None else [query, key, value])
@@ -150,7 +141,7 @@ class Attention(Sublayer):
         by_value = value.backward(into[2], seen, of_value, into_seen, add=True)
 
         into_x, by_norm = self._through_norm(into_n, x, scale, upstream, wanted)
-        others = [None if into_bias is None else into_bias.to(x.dtype), into_seen]
+        others = [None if into_bias is None or self.bias is None else into_bias.to(self.bias.dtype), into_seen]
         by_others = [one for one, asked in zip(others, self.wants, strict=True) if asked]
         return into_x, [*by_others, *by_norm, *by_query, *by_key, *by_value, *by_output]
 
@@ -176,9 +167,10 @@ class Attention(Sublayer):
         """(T, H d) as (1, T, H, d)."""
         return flat.view(1, len(flat), -1, self.width)
 
-    def _heads(self, flat: Tensor) -> Tensor:
-        """(T, H d) as (1, H, T, d)."""
-        return self._by_token(flat).transpose(1, 2)
+    def _three(self, flat: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (T, H d) as (1, H, T, d)."""
+        query, key, value = (self._by_token(one).transpose(1, 2) for one in flat)
+        return query, key, value
 
 
 class MLP(Sublayer):

@@ -12,7 +12,7 @@ makes a kernel for every new shape, which takes longer than running it, and rows
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,40 +32,34 @@ def rounded_up(size: int) -> int:
     return -(-size // PLACES) * PLACES
 
 
+class Attended(NamedTuple):
+    """Which queries see which keys: pieces, and for each a mask that is added to its scores, (L, seen) or (H, L, seen), sizes
+    rounded up, or None; `scale` is the scores' factor.
+    """
+
+    pieces: Sequence[Piece]
+    masks: Sequence[Tensor | None]
+    scale: float
+
+
 def attend_written_out(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pieces: Sequence[Piece],
-    masks: Sequence[Tensor | None],
-    scale: float,
-    bias: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, attended: Attended, bias: Tensor | None = None
 ) -> Tensor:
-    """query: (1, H, T, d), key and value: (1, K, T, d), for each piece a mask, (L, seen) or (H, L, seen), that is added to its
-    scores, or None; returns (1, T, H, d).
+    """query: (1, H, T, d), key and value: (1, K, T, d); returns (1, T, H, d).
 
     `bias`, (H, longest, longest), is what the masks are corners of, where it has a gradient.
     """
-    return _WrittenOut.apply(query, key, value, bias, pieces, masks, scale)  # type: ignore[no-any-return]
+    return _WrittenOut.apply(query, key, value, bias, attended)  # type: ignore[no-any-return]
 
 
 class _WrittenOut(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None,
-        pieces: Sequence[Piece],
-        masks: Sequence[Tensor | None],
-        scale: float,
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, attended: Attended) -> Tensor:
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-        room = query.new_empty(kept_size(query.shape[1], pieces))
-        kept = attend_forward(query, key, value, pieces, masks, scale, out, room, Scratch())
+        room = query.new_empty(kept_size(query.shape[1], attended.pieces))
+        kept = attend_forward(query, key, value, attended, out, room, Scratch())
         ctx.save_for_backward(query, key, value, bias, *kept)
-        ctx.pieces, ctx.masks, ctx.scale = pieces, masks, scale
+        ctx.attended = attended
         return out
 
     @staticmethod
@@ -73,9 +67,8 @@ class _WrittenOut(torch.autograd.Function):
         query, key, value, bias, *kept = ctx.saved_tensors
         into = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         into_bias = new_into_bias(bias) if ctx.needs_input_grad[3] else None
-        given = kept, ctx.pieces, ctx.masks, ctx.scale, into, into_bias, Scratch()
-        attend_backward(outputs[0], query, key, value, *given)
-        return *into, None if into_bias is None else into_bias.to(bias.dtype), None, None, None
+        attend_backward(outputs[0], (query, key, value), kept, ctx.attended, into, into_bias, Scratch())
+        return *into, None if into_bias is None else into_bias.to(bias.dtype), None
 
 
 def new_into_bias(bias: Tensor) -> Tensor:
@@ -89,25 +82,17 @@ def kept_size(heads: int, pieces: Sequence[Piece]) -> int:
 
 
 def attend_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pieces: Sequence[Piece],
-    masks: Sequence[Tensor | None],
-    scale: float,
-    out: Tensor,
-    room: Tensor,
-    scratch: Scratch,
+    query: Tensor, key: Tensor, value: Tensor, attended: Attended, out: Tensor, room: Tensor, scratch: Scratch
 ) -> list[Tensor | None]:
     """Write the attention into `out` (1, T, H, d); returns each piece's P (K, H / K * L, seen), L and seen rounded up, which
     stands in `room` (`kept_size`,), None where it is not kept.
     """
     kept: list[Tensor | None] = []
     start, groups = 0, key.shape[1]
-    for piece, mask in zip(pieces, masks, strict=True):
+    for piece, mask in zip(attended.pieces, attended.masks, strict=True):
         stop = start + kept_size(query.shape[1], [piece])
         place = room[start:stop].view(groups, -1, rounded_up(piece.seen)) if stop > start else None
-        scaled = _queries(query, piece, groups, scratch, "query", scale)
+        scaled = _queries(query, piece, groups, scratch, "query", attended.scale)
         weights = _weights(scaled, _copy(key, piece.keys, scratch, "key"), piece, mask, scratch, place)
         start = stop
         found = _product(weights, _copy(value, piece.keys, scratch, "value"), scratch, "found")
@@ -118,25 +103,23 @@ def attend_forward(
 
 def attend_backward(
     upstream: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    heads: tuple[Tensor, Tensor, Tensor],
     kept: Sequence[Tensor | None],
-    pieces: Sequence[Piece],
-    masks: Sequence[Tensor | None],
-    scale: float,
+    attended: Attended,
     into: tuple[Tensor, Tensor, Tensor],
     into_bias: Tensor | None,
     scratch: Scratch,
 ) -> None:
-    """Write the gradient of the query into `into`, from that of the output (1, T, H, d), and add those of key and value.
+    """Write the gradient of the query into `into`, from that of the output (1, T, H, d), and add those of key and value;
+    `heads` are these three.
 
     What is added to the masks' gradient, `into_bias`, where it is wanted, is that of all pieces.
     """
     upstream = upstream.transpose(1, 2)  # (1, H, T, d)
+    query, key, value = heads
     into_query, into_key, into_value = into
-    groups = key.shape[1]
-    for piece, weights, mask in zip(pieces, kept, masks, strict=True):
+    groups, scale = key.shape[1], attended.scale
+    for piece, weights, mask in zip(attended.pieces, kept, attended.masks, strict=True):
         own, seen = _queries(upstream, piece, groups, scratch, "upstream"), _copy(key, piece.keys, scratch, "key")
         scaled = _queries(query, piece, groups, scratch, "query", scale)
         if weights is None:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from luthier.models.activations import written_out_activation
-from luthier.models.attention import written_out_masks
+from luthier.models.attention import written_out
 from luthier.models.block import are_called, are_norms, products_of, quicken_blocks, run_block, scratch_of
 from luthier.models.packing import Packing
 from luthier.models.sublayers import MLP, Attention, Sublayer
@@ -38,18 +38,17 @@ def _sublayers(block: Any, x: Tensor, packing: Packing | None, positions: Any) -
     if activation is None:
         return None
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-    masks = written_out_masks(packing, window, x)
-    if masks is None:
+    attended = written_out(packing, window, attention.scaling, x)
+    if attended is None:
         return None
     mixing = products_of(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     inner = products_of(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     if mixing is None or inner is None:
         return None
     cos, sin = (one[0][:, None] for one in positions)  # (T, 1, d)
-    scratch, pieces = scratch_of(block), packing.parts
-    width, scale = attention.head_dim, attention.scaling
+    scratch = scratch_of(block)
     gate, up, down = inner
     return (
-        Attention(norms[0], mixing, scratch, pieces, masks, width, scale, rotary=(cos, sin)),
+        Attention(norms[0], mixing, scratch, attended, attention.head_dim, rotary=(cos, sin)),
         MLP(norms[1], gate, up, down, activation, scratch),
     )

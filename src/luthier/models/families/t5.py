@@ -55,7 +55,7 @@ def _sublayers(
     activation = written_out_activation(mlp.act)
     if activation is None:
         return None
-    inner = products_of(*(one for one in (gate, up, mlp.wo) if one is not None))
+    inner = products_of(gate, mlp.wo, *([] if up is None else [up]))
     if inner is None:
         return None
     scratch = scratch_of(block)
@@ -63,11 +63,13 @@ def _sublayers(
     for layer in attending:
         across = not hasattr(layer, "SelfAttention")
         attention = layer.EncDecAttention if across else layer.SelfAttention
-        mixing = products_of(attention.q, attention.k, attention.v, attention.o)
-        if mixing is None or are_called(attention):
+        if are_called(attention):
             return None
-        layout = packing.layout(across, added)
-        given = layer.layer_norm, mixing, scratch, *layout, attention.key_value_proj_dim, attention.scaling
+        mixing = products_of(attention.q, attention.k, attention.v, attention.o)
+        if mixing is None:
+            return None
+        attended = packing.attended(across, added, attention.scaling)
+        given = layer.layer_norm, mixing, scratch, attended, attention.key_value_proj_dim
         found.append(Attention(*given, encoded=encoded[0]) if across else Attention(*given, bias=added))  # type: ignore[index]
-    down = inner[-1]
-    return [*found, MLP(last.layer_norm, inner[0], inner[1] if up is not None else None, down, activation, scratch)]
+    let_in, down, *let_through = inner
+    return [*found, MLP(last.layer_norm, let_in, let_through[0] if let_through else None, down, activation, scratch)]
