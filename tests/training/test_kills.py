@@ -26,7 +26,8 @@ OTHERS = [
     Trial("lora", rows="mixture"),
     Trial("lora", rows="stream"),
     Trial("prompt_tuning", rows="mixture-of-streams"),
-    Trial("lora", family="t5"),  # padded, not packed
+    Trial("lora", family="t5"),
+    Trial("lora", family="opt"),  # padded, not packed
     Trial("full", dtype="bfloat16"),  # fp32 masters
 ]
 Kill = Callable[[Trial], dict]
