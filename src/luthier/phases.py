@@ -15,7 +15,6 @@ from torch.nn import Parameter
 
 from luthier.encoding.batches import collate
 from luthier.encoding.encoder import Encoded
-from luthier.models.attention import stands_for
 from luthier.models.base import BaseModel
 from luthier.models.batch import Packed
 from luthier.models.frozen import SLICED, only_blocks
@@ -26,6 +25,7 @@ from luthier.models.loss import label_scores, loss_sum
 from luthier.models.quantize import QuantizedLinear
 from luthier.models.recompute import recomputed
 from luthier.models.run import encode
+from luthier.models.where import stands_for
 from luthier.training.optimizer import Kind, Optimizer, bucket_keys, master_bytes, state_bytes
 from luthier.training.settings import TrainingSettings
 from luthier.work import Work

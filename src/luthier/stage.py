@@ -19,6 +19,7 @@ from luthier.directory import RunDirectory
 from luthier.errors import Interrupted, MemoryRanOut, UserError
 from luthier.launched import WORD, Failure, Launched, launched
 from luthier.models.base import BaseModel
+from luthier.models.kernels.calls import kernels_for, why_none
 from luthier.models.load import resolve_device
 from luthier.models.memory import before_work, peak_bytes
 from luthier.models.shard import shard
@@ -75,6 +76,8 @@ def run_stage(
         base = BaseModel.load(recipe.base, torch.device("cpu") if ranks.sharded else device)
         if base.pads:
             progress.say(f"{base.family} has no packed path here: rows run padded, sorted by length")
+        if reason := why_none(base.embedding.weight):
+            progress.say(f"no kernels, as {reason}: PyTorch's own operations run instead, which takes longer")
         ranks.agree("base model", base.fingerprint())
         ranks.agree("version of torch and precision", [torch.__version__, str(base.dtype)])
         encoder = recipe.encoder(base.tokenizer, base.encoder_decoder, base.context)
@@ -219,6 +222,7 @@ def _describe(base: BaseModel) -> dict[str, Any]:
         "device": str(base.device),
         "fingerprint": base.fingerprint(),
         "packed": not base.pads,
+        "kernels": kernels_for(base.embedding.weight) is not None,
     }
 
 

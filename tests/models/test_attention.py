@@ -4,10 +4,11 @@ import pytest
 import torch
 from tests.tiny import DEVICE
 
+from luthier.models import attention
 from luthier.models import packing as packing_module
-from luthier.models.attention import _as_one_call, _attended, _by_lengths, _flash_runs, _together, packed_attention
+from luthier.models.attended import attend
+from luthier.models.attention import _as_one_call, _by_lengths, _flash_runs, _together, attended_by, packed_attention
 from luthier.models.packing import Packing
-from luthier.models.written_out import attend_written_out
 
 
 def test_one_padded_call_equals_a_call_for_each_row() -> None:
@@ -15,8 +16,8 @@ def test_one_padded_call_equals_a_call_for_each_row() -> None:
     inputs = [torch.randn(1, heads, count, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
     upstream = torch.randn(1, count, 4, 8, dtype=torch.float64)
 
-    def run(attend):
-        out = attend(*inputs)
+    def run(attended):
+        out = attended(*inputs)
         return [out, *torch.autograd.grad(out, inputs, upstream)]
 
     together = run(lambda q, k, v: _together(q, k, v, packing, 0.3, 0.0))
@@ -85,9 +86,11 @@ def test_the_gradient_written_out_is_autograds(rows: tuple, window: int | None, 
     upstream = torch.randn(1, 16, 4, 8)
     monkeypatch.setattr(packing_module, "PART", part)
     packing = Packing(*rows)
-    attended = _attended(packing, window, 0.3, inputs[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_is_explicit", lambda *_: True)
+        attended = attended_by(packing, window, 0.3, inputs[0], 8)
     assert (len(attended.pieces) > len(packing.pieces)) == (part == 3)
-    found = attend_written_out(*inputs, attended)
+    found = attend(*inputs, attended)
     expected, _ = packed_attention(None, *inputs, scaling=0.3, packing=packing, sliding_window=window)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     gradients = [torch.autograd.grad(out, inputs, upstream) for out in (found, expected)]

@@ -9,7 +9,7 @@ from tests import tiny
 from tests.models.test_parity import rows_for, start
 
 from luthier.encoding.batches import collate
-from luthier.models import attention, written_out
+from luthier.models import attention, where, written_out
 from luthier.models.base import BaseModel
 from luthier.models.families import llama, t5
 from luthier.models.loss import loss_sum
@@ -46,11 +46,11 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
             return made
 
         monkeypatch.setattr(family, "_sublayers", counted)
-    monkeypatch.setattr(attention, "_is_written_out", lambda *_: True)
-    token = attention.stands_for.set("cpu")
+    monkeypatch.setattr(attention, "_is_explicit", lambda *_: True)
+    token = where.stands_for.set("cpu")
     monkeypatch.setattr(BaseModel, "on_cpu", True)
     yield found
-    attention.stands_for.reset(token)
+    where.stands_for.reset(token)
 
 
 def blocks(base: BaseModel) -> int:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from luthier.models.kernels.calls import kernels_for
 from luthier.models.products import hooked
 
 aten = torch.ops.aten
@@ -21,21 +22,43 @@ _TANH_GELU = {"NewGELUActivation", "FastGELUActivation"}
 
 
 class Activation(NamedTuple):
-    """Elementwise: `forward(x, out=)` and `backward(upstream, x, out=)`."""
+    """Elementwise: `forward(x, out=)` and `backward(upstream, x, out=)`, and which of the kernels' it is."""
 
+    kind: int
     forward: Callable[..., Tensor]
     backward: Callable[..., Tensor]
 
+    def gate(self, g: Tensor, u: Tensor | None, out: Tensor) -> Tensor:
+        """act(g) * u, or without u act(g), into `out`."""
+        if kernels := kernels_for(g):
+            kernels.activate(self.kind, g, u, out)
+            return out
+        found = self.forward(g, out=out)
+        return found if u is None else found.mul_(u)
+
+    def gate_backward(self, into_g: Tensor, g: Tensor, u: Tensor | None, into_u: Tensor | None) -> None:
+        """The gradient of u into `into_u`, and that of g in the place of the upstream gradient, `into_g`."""
+        if kernels := kernels_for(g):
+            kernels.activate_backward(self.kind, into_g, g, u, into_u)
+            return
+        if u is not None:
+            torch.mul(into_g, self.forward(g, out=into_u), out=into_u)
+            into_g.mul_(u)
+        self.backward(into_g, g, out=into_g)
+
 
 _SILU = Activation(
+    0,
     lambda x, out: aten.silu.out(x, out=out),
     lambda upstream, x, out: aten.silu_backward.grad_input(upstream, x, grad_input=out),
 )
 _GELU = Activation(
+    1,
     lambda x, out: aten.gelu.out(x, approximate="tanh", out=out),
     lambda upstream, x, out: aten.gelu_backward.grad_input(upstream, x, approximate="tanh", grad_input=out),
 )
 _RELU = Activation(
+    2,
     lambda x, out: torch.clamp(x, min=0, out=out),
     lambda upstream, x, out: aten.threshold_backward.grad_input(upstream, x, 0, grad_input=out),
 )
@@ -55,4 +78,19 @@ def quicken_activations(model: nn.Module) -> None:
 
 
 def _forward(_: Any, x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+    return _Gelu.apply(x) if kernels_for(x) else F.gelu(x, approximate="tanh")  # type: ignore[no-any-return]
+
+
+class _Gelu(torch.autograd.Function):
+    """By the kernels, so that a block of one function and its modules give the same bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x := x.contiguous())
+        return _GELU.gate(x, None, torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        into = outputs[0].clone(memory_format=torch.contiguous_format)
+        _GELU.gate_backward(into, ctx.saved_tensors[0], None, None)
+        return into

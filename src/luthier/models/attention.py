@@ -7,7 +7,6 @@ serves decoding, where every row has its keys and values in a `RowCache`.
 
 import inspect
 from contextlib import suppress
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from luthier.models.attended import Attended, attend
+from luthier.models.kernels.fused import Fused, runs_fused
 from luthier.models.packing import Packing, Piece
 from luthier.models.padded_rows import padded, unpadded
-from luthier.models.written_out import Attended, attend_written_out, rounded_up
+from luthier.models.where import kind_of, stands_for
+from luthier.models.written_out import WrittenOut, rounded_up
 
 NAME = "luthier_packed"
 
@@ -32,9 +34,6 @@ _MOST_PADDED = 2
 
 # Above this many tokens the (L, L) score matrix costs more than the fused kernel's slower backward.
 _LONGEST_EXPLICIT = 1024
-
-# The device that a skeleton's tensors, which are on none, stand for.
-stands_for: ContextVar[str] = ContextVar("stands_for", default="cpu")
 
 
 def packed_attention(
@@ -56,14 +55,15 @@ def packed_attention(
     if packing.decoding:
         out = _attend_cached(query, key, value, scale, softcap, sliding_window, packing)
         return out.transpose(1, 2), None
-    where = stands_for.get() if query.is_meta else query.device.type
+    where = kind_of(query)
     if _by_lengths(packing, where, query.dtype, softcap, dropout) and _flash_runs(query.shape[-1]):
         return _at_lengths(query, key, value, packing, scale, sliding_window), None
     if _as_one_call(packing, where, softcap, sliding_window):
         return _together(query, key, value, packing, scale, dropout), None
-    explicit = _is_written_out(packing, where, query.dtype)
-    if explicit and not packing.prefixes and softcap is None and not dropout:
-        return attend_written_out(query, key, value, _attended(packing, sliding_window, scale, query)), None
+    attended = attended_by(packing, sliding_window, scale, query, query.shape[-1])
+    if attended and softcap is None and not dropout:
+        return attend(query, key, value, attended), None
+    explicit = _is_explicit(packing, where, query.dtype)
     outputs = []
     for piece in packing.pieces:
         q, k, v = query[:, :, piece.own], piece.of(key), piece.of(value)
@@ -80,21 +80,20 @@ def packed_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def written_out(packing: Packing, window: int | None, scale: float, like: Tensor) -> Attended | None:
-    """How plain rows like these are attended by `written_out.py`, where they are; else None."""
-    where = stands_for.get() if like.is_meta else like.device.type
-    if packing.cache is not None or packing.prefixes or not _is_written_out(packing, where, like.dtype):
+def attended_by(packing: Packing, window: int | None, scale: float, like: Tensor, width: int) -> Attended | None:
+    """How rows, of heads of this width, are attended by a function whose gradient is written out; None where they are not."""
+    if packing.prefixes:
         return None
-    return _attended(packing, window, scale, like)
+    if runs_fused(like, width):
+        return Fused(packing.pieces, packing.plan, scale, causal=True, window=window)
+    if _is_explicit(packing, kind_of(like), like.dtype):
+        masks = [_mask(packing, part, 0, window, like, rounded=True) for part in packing.parts]
+        return WrittenOut(packing.parts, masks, scale)
+    return None
 
 
-def _is_written_out(packing: Packing, where: str, dtype: torch.dtype) -> bool:
+def _is_explicit(packing: Packing, where: str, dtype: torch.dtype) -> bool:
     return where == "cpu" and dtype == torch.bfloat16 and packing.longest <= _LONGEST_EXPLICIT
-
-
-def _attended(packing: Packing, window: int | None, scale: float, like: Tensor) -> Attended:
-    masks = [_mask(packing, part, 0, window, like, rounded=True) for part in packing.parts]
-    return Attended(packing.parts, masks, scale)
 
 
 def _by_lengths(packing: Packing, where: str, dtype: torch.dtype, softcap: float | None, dropout: float) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import UserError
-from luthier.models import attention, biased
+from luthier.models import biased
 from luthier.models.allocator import give_back_freed_memory, keep_freed_memory
 from luthier.models.batch import Segment
 from luthier.models.fast_paths import quicken
@@ -28,6 +28,7 @@ from luthier.models.load import (
     resolve_dtype,
 )
 from luthier.models.quantize import QuantizedLinear, adopt_packed, is_packed, quantize_linears
+from luthier.models.where import kind_of
 
 # Families whose rows may share one packed sequence; each passed the leakage test.
 PACKED_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma2"}
@@ -154,8 +155,7 @@ class BaseModel:
     @property
     def on_cpu(self) -> bool:
         """Whether it runs on a CPU, or a dry run stands for that."""
-        where = attention.stands_for.get() if self.embedding.weight.is_meta else self.device.type
-        return where == "cpu"
+        return kind_of(self.embedding.weight) == "cpu"
 
     @property
     def decoder_start(self) -> int:

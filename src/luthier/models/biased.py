@@ -6,11 +6,11 @@ one more implementation, its gradient written out.
 
 B is the bias (1, H, L, S), the same in all layers of most such models; M the mask. Their sum is made once a forward pass. The
 softmax is in fp32; transformers' own is in the base's precision. Rows run padded, or one after another, each attended on its
-own (`PackedStack`), as `written_out.py` does.
+own (`PackedStack`), as `attended.py` says.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from luthier.models.packing import Piece, filler
-from luthier.models.written_out import Attended, attend_written_out, rounded_up
+from luthier.models.attended import Attended, attend
+from luthier.models.kernels.fused import Fused, runs_fused
+from luthier.models.matmul import by_kernels
+from luthier.models.packing import Piece, Plan, filler, plan_of
+from luthier.models.written_out import WrittenOut, rounded_up
 
 NAME = "luthier_biased"
 # Families whose attention hands over its bias.
@@ -36,13 +39,22 @@ class PackedStack:
 
     own: tuple[Piece, ...]
     across: tuple[Piece, ...] = ()
+    plans: dict[bool, Plan] = field(default_factory=dict)
 
-    def attended(self, across: bool, added: Tensor, scale: float) -> Attended:
-        """How one of its attentions runs; `added`, (H, longest, longest), is what all attentions to the same tokens add."""
+    def attended(self, across: bool, added: Tensor, scale: float, like: Tensor, width: int) -> Attended:
+        """How one of its attentions, of heads of this width, runs; `added`, (H, longest, longest), is what all attentions to
+        the same tokens add.
+        """
+        pieces = self.across if across else self.own
+        if runs_fused(like, width):
+            if across not in self.plans:  # what is summed over rows is summed by one thread
+                self.plans[across] = plan_of(pieces, together=not across and added.requires_grad)
+            causal = bool(self.across) and not across
+            return Fused(pieces, self.plans[across], scale, causal, bias=None if across else added)
         if across:
-            return Attended(self.across, [None] * len(self.across), scale)
-        sizes = [rounded_up(one.length) for one in self.own]
-        return Attended(self.own, [added[:, :size, :size] for size in sizes], scale)
+            return WrittenOut(pieces, [None] * len(pieces), scale)
+        sizes = [rounded_up(one.length) for one in pieces]
+        return WrittenOut(pieces, [added[:, :size, :size] for size in sizes], scale)
 
 
 def run_encoder(stack: Any, embedded: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -71,7 +83,7 @@ def _run(
     stack: Any, embedded: Tensor, lengths: Sequence[int], encoded: Tensor | None, across: tuple[Piece, ...]
 ) -> Tensor:
     tokens = len(embedded)
-    if extra := filler(tokens):
+    if extra := 0 if by_kernels(embedded) else filler(tokens):
         embedded, lengths = F.pad(embedded, (0, 0, 0, extra)), (*lengths, extra)
         across = (*across, Piece(len(across), slice(tokens, tokens + extra), across[0].keys)) if across else ()
     packing = PackedStack(tuple(Piece(row, own, (own,)) for row, own in enumerate(_slices(lengths))), across)
@@ -111,8 +123,8 @@ def biased_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if packing is not None:
         across = bool(packing.across) and not module.is_causal
-        attended = packing.attended(across, position_bias, scale)
-        return attend_written_out(query, key, value, attended, None if across else position_bias), None
+        attended = packing.attended(across, position_bias, scale, query, query.shape[-1])
+        return attend(query, key, value, attended, None if across else position_bias), None
     added = _added(position_bias, attention_mask)
     if dropout or (added.requires_grad and torch.is_grad_enabled()):
         scores = query @ key.transpose(2, 3) * scale + added

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
-from luthier.models.attention import stands_for
 from luthier.models.base import BaseModel
 from luthier.models.quantize import QuantizedLinear
+from luthier.models.where import stands_for
 
 
 @contextmanager

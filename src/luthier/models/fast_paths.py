@@ -7,12 +7,14 @@ from luthier.models.activations import quicken_activations
 from luthier.models.families.llama import quicken_llama
 from luthier.models.families.t5 import quicken_t5
 from luthier.models.norms import quicken_norms
+from luthier.models.products import quicken_linears
 
 
 def quicken(model: Any, packs: bool) -> None:
-    """Choose a model's attention (packed rows, T5's bias, or transformers' own), and quicken its norms, activations and blocks."""
+    """Choose a model's attention (packed rows, T5's bias, or transformers' own), and quicken its linears, norms, activations and blocks."""
     name = attention.NAME if packs else biased.NAME if model.config.model_type in biased.FAMILIES else "eager"
     model.set_attn_implementation(name)
+    quicken_linears(model)
     quicken_norms(model)
     quicken_activations(model)
     quicken_llama(model)

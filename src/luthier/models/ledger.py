@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from luthier.models.heap import Heap, Place
+from luthier.models.kernels.calls import counting
 
 aten = torch.ops.aten
 _ATTENTION = {
@@ -36,11 +37,20 @@ class Ledger(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
         self.peak = self._total = self.held = 0  # held: bytes that were there before
+        self._tokens: list[Any] = []
         self._made = self._peak_at = 0  # tensors so far, and when the peak was
         self.sums: set[tuple[torch.Size, torch.dtype]] = set()  # of the weights that stand in several places
         self.work: list[tuple[int, int]] = []  # of each operation: floating-point operations in products, bytes moved
         # Of each storage: part, bytes, its place in the heap, its number.
         self._known: dict[Any, tuple[str, int, Place | None, int]] = {}
+
+    def __enter__(self) -> Any:
+        self._tokens.append(counting.set(lambda products, moved: self.work.append((products, moved))))
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> Any:
+        counting.reset(self._tokens.pop())
+        return super().__exit__(*args)
 
     def hold(self, tensors: Iterable[Tensor | None], part: str) -> None:
         """Count tensors that exist already under `part`, also those that were counted under another."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from luthier.models.kernels.calls import Kernels, kernels_for
 from luthier.models.scratch import Scratch
 
 # Classes of transformers that compute exactly this; Gemma's adds 1 to the weight and rounds once.
@@ -67,6 +68,11 @@ def norm_forward(
     x: Tensor, weight: Tensor, eps: float, scratch: Scratch, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The norm of x (..., D), into `out` where there is one, and the scale r (..., 1) in fp32."""
+    if kernels := _kernels(x, weight):
+        flat = _flat(x)
+        out = torch.empty_like(flat) if out is None else out
+        scale = kernels.norm(flat, weight, eps, _flat(out))
+        return out.view(x.shape), scale.view(*x.shape[:-1], 1)
     wide = scratch.take("norm", x.shape, x, torch.float32).copy_(x)
     squares = torch.mul(wide, wide, out=scratch.take("norm too", x.shape, x, torch.float32))
     scale = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
@@ -75,22 +81,42 @@ def norm_forward(
 
 def norm_again(x: Tensor, scale: Tensor, weight: Tensor, scratch: Scratch, out: Tensor | None = None) -> Tensor:
     """What `norm_forward` gave, from the scale that it gave."""
+    if out is not None and (kernels := _kernels(x, weight)):
+        kernels.norm(_flat(x), weight, 0.0, _flat(out), scale)
+        return out
     wide = scratch.take("norm", x.shape, x, torch.float32).copy_(x)
     return _scaled(wide, scale, weight, out)
 
 
-def norm_backward(upstream: Tensor, x: Tensor, scale: Tensor, weight: Tensor, scratch: Scratch) -> Tensor:
-    """The gradient of x."""
+def norm_backward(
+    upstream: Tensor, x: Tensor, scale: Tensor, weight: Tensor, scratch: Scratch, skip: Tensor | None = None
+) -> Tensor:
+    """The gradient of x, and that of what skips the norm added."""
+    if kernels := _kernels(x, weight):
+        given = _flat(upstream), _flat(x), scale, weight, None if skip is None else _flat(skip)
+        return kernels.norm_backward(*given).view(x.shape)
     wide = scratch.take("norm", x.shape, x, torch.float32).copy_(x)
     inner = scratch.take("norm too", x.shape, x, torch.float32).copy_(upstream * weight)
     along = torch.linalg.vecdot(inner, wide)[..., None].div_(x.shape[-1]).mul_(scale).mul_(scale)
-    return inner.addcmul_(wide, along, value=-1).mul_(scale).to(x.dtype, copy=True)
+    found = inner.addcmul_(wide, along, value=-1).mul_(scale).to(x.dtype, copy=True)
+    return found if skip is None else found.add_(skip)
 
 
 def norm_weight_backward(upstream: Tensor, x: Tensor, scale: Tensor, weight: Tensor, scratch: Scratch) -> Tensor:
     """The gradient of the weight."""
+    if kernels := _kernels(x, weight):
+        return kernels.norm_weight(_flat(upstream), _flat(x), scale).to(weight.dtype)
     wide = scratch.take("norm", x.shape, x, torch.float32).copy_(x).mul_(scale)
     return (upstream * wide.to(weight.dtype)).flatten(0, -2).sum(0)
+
+
+def _kernels(x: Tensor, weight: Tensor) -> Kernels | None:
+    return kernels_for(x) if weight.dtype == x.dtype and type(weight) in (Tensor, nn.Parameter) else None
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(..., D) as contiguous (T, D)."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _scaled(wide: Tensor, scale: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """How the tokens of one forward pass divide into rows, and the keys and values of rows that are being decoded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -127,6 +128,41 @@ def tokens_in(run: slice) -> int:
     return int(run.stop - run.start)
 
 
+class Plan(NamedTuple):
+    """Pieces as the kernels read them (`attention.c`)."""
+
+    flat: Tensor
+    at: Tensor
+    units: Tensor
+    shared: Tensor
+    rows: int  # keys of pieces that share some, each piece's counted
+
+
+def plan_of(pieces: Sequence[Piece], together: bool = False) -> Plan:
+    """Pieces for the kernels; `together`, all are one thread's."""
+    groups: dict[int, list[Piece]] = {}
+    for piece in pieces:  # who shares keys shares the first of them
+        groups.setdefault(piece.keys[0].start, []).append(piece)
+    flat: list[int] = []
+    at: list[int] = []
+    shared: list[int] = []
+    rows = 0
+    for group in groups.values():
+        if len(group) > 1:
+            first = min(run.start for piece in group for run in piece.keys)
+            behind = max(run.stop for piece in group for run in piece.keys)
+            shared += [first, behind - first, len(group), len(at)]
+        for piece in group:
+            at.append(len(flat))
+            flat += [piece.own.start, piece.length, rows if len(group) > 1 else -1, len(piece.keys)]
+            for run in piece.keys:
+                flat += [run.start, tokens_in(run)]
+            rows += piece.seen if len(group) > 1 else 0
+    units = [0, len(at)] if together else list(range(len(at) + 1))
+    tensors = [torch.tensor(one, dtype=torch.int64) for one in (flat, at, units, shared)]
+    return Plan(tensors[0], tensors[1], tensors[2], tensors[3], rows)
+
+
 @dataclass
 class Packing:
     """How the tokens of one forward pass divide into rows; handed to every attention layer."""
@@ -174,6 +210,11 @@ class Packing:
     def parts(self) -> tuple[Piece, ...]:
         """The pieces, long ones cut: for attention with its scores written out, which so makes few that a mask hides."""
         return tuple(part for piece in self.pieces for part in piece.parts(PART))
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The pieces, for the kernels."""
+        return plan_of(self.pieces)
 
     @cached_property
     def longest(self) -> int:

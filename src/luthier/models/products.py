@@ -7,6 +7,7 @@ All tensors are flat: x (T, in), y and g (T, out).
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.models.dense import product_weight
+from luthier.models.matmul import Thin, by_kernels, gradient, product
 from luthier.models.quantize import QuantizedLinear
+
+LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
 
 
 class Product(ABC):
@@ -48,29 +52,27 @@ class Plain(Product):
         self.width = int(module.nf if isinstance(module, Conv1D) else module.out_features)  # type: ignore[arg-type]
         self.trained = tuple(one for one, wanted in zip((weight, self.bias), self.wanted, strict=True) if wanted)  # type: ignore[misc]
 
-    def forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
-        """x: (T, in), out: (T, out)."""
-        weight = product_weight(self.module, x.dtype).T
-        if self.bias is None:
-            torch.mm(x, weight, out=out)
-        else:
-            torch.addmm(self.bias, x, weight, out=out)
+    def forward(self, x: Tensor, out: Tensor, thin: Thin | None = None) -> tuple[Tensor, ...]:
+        """x: (T, in), out: (T, out); `thin`, if any, is what stands beside this linear."""
+        product(x, product_weight(self.module, x.dtype).T, out, self.bias, thin)
         return ()
 
     def backward(
-        self, upstream: Tensor, x: Tensor, kept: Sequence[Tensor], into: Tensor | None, add: bool = False
+        self,
+        upstream: Tensor,
+        x: Tensor,
+        kept: Sequence[Tensor],
+        into: Tensor | None,
+        add: bool = False,
+        thin: Thin | None = None,
     ) -> list[Tensor | None]:
         """upstream: (T, out), x and into: (T, in)."""
         if into is not None:
-            weight = product_weight(self.module, upstream.dtype)
-            if add:
-                into.addmm_(upstream, weight)
-            else:
-                torch.mm(upstream, weight, out=into)
+            product(upstream, product_weight(self.module, upstream.dtype), into, None, thin, add)
         found: list[Tensor | None] = []
         if self.wanted[0]:
             turned = isinstance(self.module, Conv1D)
-            found.append(x.T @ upstream if turned else upstream.T @ x)
+            found.append(gradient(x, upstream) if turned else gradient(upstream, x))
         if self.wanted[1]:
             found.append(upstream.sum(0))
         return found
@@ -99,6 +101,23 @@ def apply_alone(product: Product, x: Tensor) -> Tensor:
     return _Alone.apply(x, product, *product.trained)  # type: ignore[no-any-return]
 
 
+def quicken_linears(model: nn.Module) -> None:
+    """Let every linear of a model run by the kernels where they can; the modules stay who they are."""
+    for module in model.modules():
+        if type(module) in LINEARS:
+            module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+
+
+def _forward(self: Any, x: Tensor) -> Tensor:
+    if not by_kernels(x):
+        return type(self).forward(self, x)  # type: ignore[no-any-return]
+    linear = Plain(self)
+    if torch.is_grad_enabled():
+        return apply_alone(linear, x)
+    linear.forward(flat := x.reshape(-1, x.shape[-1]), out := flat.new_empty(len(flat), linear.width))
+    return out.view(*x.shape[:-1], -1)
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether someone waits for a module's call, so that it has to be called."""
     return bool(
@@ -108,4 +127,4 @@ def hooked(module: nn.Module) -> bool:
 
 def plain(module: nn.Module) -> Plain | None:
     """A linear of the model as a product; None for any other module, and for one with hooks."""
-    return Plain(module) if type(module) in (nn.Linear, Conv1D, QuantizedLinear) and not hooked(module) else None
+    return Plain(module) if type(module) in LINEARS and not hooked(module) else None

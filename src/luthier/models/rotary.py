@@ -8,10 +8,18 @@ Each product is rounded before the sum, as transformers' are.
 import torch
 from torch import Tensor
 
+from luthier.models.kernels.calls import kernels_for
+from luthier.models.scratch import Scratch
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, part: Tensor) -> Tensor:
-    """x and out: (T, H, d); cos and sin: (T, 1, d), each half the same; part: (T, H, d / 2), to compute in."""
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, scratch: Scratch, back: bool = False) -> Tensor:
+    """x and out: (T, H, d); cos and sin: (T, 1, d), each half the same."""
+    if kernels := kernels_for(x):
+        kernels.rotate(x, cos, sin, out, back)
+        return out
     half = x.shape[-1] // 2
+    sin = -sin if back else sin
+    part = scratch.take("part", (*x.shape[:2], half), x)
     first, second, cos, sin = x[..., :half], x[..., half:], cos[..., :half], sin[..., :half]
     torch.mul(first, cos, out=out[..., :half]).sub_(torch.mul(second, sin, out=part))
     torch.mul(second, cos, out=out[..., half:]).add_(torch.mul(first, sin, out=part))

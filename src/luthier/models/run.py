@@ -11,6 +11,7 @@ from luthier.errors import UserError
 from luthier.models import biased
 from luthier.models.base import BaseModel
 from luthier.models.batch import Batch, Packed, Segment, row_parts, token_parts
+from luthier.models.matmul import by_kernels
 from luthier.models.noise import noisy
 from luthier.models.packing import Packing, filler
 from luthier.models.padding import kept_index, owner_rows, pad, pad_index
@@ -80,7 +81,7 @@ def run_rows(base: BaseModel, embedded: Tensor, rows: Packed, prefixes: Prefixes
     """Run the decoder stack of a family that packs on the embeddings (T, D) of rows, laid out as `rows` says: states (T, D)."""
     tokens = len(embedded)
     one_tuning = len(base.grafts.route.parts) == 1
-    extra = filler(tokens) if base.on_cpu and one_tuning and not prefixes else 0
+    extra = filler(tokens) if base.on_cpu and one_tuning and not prefixes and not by_kernels(embedded) else 0
     if extra:
         embedded = F.pad(embedded, (0, 0, 0, extra))
         rows = Packed(rows.ids, (*rows.lengths, extra), (*rows.branches, ()) if rows.branches else ())

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from luthier.models.activations import Activation
+from luthier.models.attended import Attended, new_into_bias
 from luthier.models.norms import norm_again, norm_backward, norm_forward, norm_weight_backward
 from luthier.models.products import Product
 from luthier.models.rotary import rotate
 from luthier.models.scratch import Scratch
-from luthier.models.written_out import Attended, attend_backward, attend_forward, kept_size, new_into_bias
 
 # What a sublayer keeps, in an order of its own.
 Kept = list[Tensor | None]
@@ -69,7 +69,7 @@ class Sublayer(ABC):
             return None, []
         given = into_n, x, scale, self.norm[0], self.scratch
         by_norm = [norm_weight_backward(*given)] if self.trains_norm else []
-        return norm_backward(*given).add_(upstream) if wanted else None, by_norm
+        return norm_backward(*given, skip=upstream) if wanted else None, by_norm
 
     def _take(self, name: str, like: Tensor, width: int) -> Tensor:
         return self.scratch.take(name, (len(like), width), like)
@@ -102,14 +102,14 @@ class Attention(Sublayer):
         n, scale = self._normed(x)
         seen = n if self.encoded is None else self.encoded
         shapes = [(x, query.width), (seen, key.width), (seen, key.width), (x, query.width), (x, x.shape[1])]
-        sizes = [kept_size(query.width // self.width, self.attended.pieces), *(len(of) * width for of, width in shapes)]
+        sizes = [self.attended.kept_size(query.width // self.width), *(len(of) * width for of, width in shapes)]
         room, *flat = x.new_empty(sum(sizes)).split(sizes)
         q, k, v, mixed, y = (part.view(-1, width) for part, (_, width) in zip(flat, shapes, strict=True))
 
         by_query = self._turned(query, n, q)
         by_key = self._turned(key, seen, k)
         by_value = value.forward(seen, v)
-        weights = attend_forward(*self._three((q, k, v)), self.attended, self._by_token(mixed), room, self.scratch)
+        weights = self.attended.forward(self._three((q, k, v)), self._by_token(mixed), room, self.scratch)
         by_output = output.forward(mixed, change := self._take("change", x, x.shape[1]))
         torch.add(x, change, out=y)
         self.counts = [len(one) for one in (by_query, by_key, by_value, by_output)]
@@ -118,7 +118,8 @@ class Attention(Sublayer):
     def backward(self, upstream: Tensor, kept: Kept, wanted: bool) -> tuple[Tensor | None, Kept]:
         """upstream: (T, D)."""
         x, encoded, q, k, v, mixed, scale, *rest = kept
-        assert x is not None and q is not None and k is not None and v is not None and scale is not None
+        assert x is not None and q is not None and k is not None and v is not None
+        assert mixed is not None and scale is not None
         query, key, value, output = self.products
         of_query, of_key, of_value, of_output, weights = divided(rest, self.counts)
         by_output = output.backward(upstream, mixed, of_output, into_mixed := self._take("into mixed", x, q.shape[1]))  # type: ignore[arg-type]
@@ -127,8 +128,8 @@ class Attention(Sublayer):
         for one in into[1:]:  # what several pieces see is a sum
             one.zero_()
         into_bias = new_into_bias(self.bias) if self.bias is not None and self.wants[0] else None
-        heads, gradients = self._three((q, k, v)), self._three(into)
-        attend_backward(self._by_token(into_mixed), heads, weights, self.attended, gradients, into_bias, self.scratch)
+        given = self._by_token(into_mixed), self._three((q, k, v)), self._by_token(mixed), weights, self._three(into)
+        self.attended.backward(*given, into_bias, self.scratch)
         into_q, into_k = self._turned_back(into[0], "straight"), self._turned_back(into[1], "straight too")
 
         n = self._normed_again(x, scale, [query] if encoded is not None else [query, key, value])
@@ -149,19 +150,18 @@ class Attention(Sublayer):
         if self.rotary is None:
             return product.forward(x, out)
         found = product.forward(x, straight := self._take("straight", x, out.shape[1]))
-        self._turn(straight, self.rotary[1], out)
+        self._turn(straight, out)
         return found
 
     def _turned_back(self, gradient: Tensor, name: str) -> Tensor:
         if self.rotary is None:
             return gradient
-        self._turn(gradient, -self.rotary[1], out := self._take(name, gradient, gradient.shape[1]))
+        self._turn(gradient, out := self._take(name, gradient, gradient.shape[1]), back=True)
         return out
 
-    def _turn(self, flat: Tensor, sin: Tensor, out: Tensor) -> None:
+    def _turn(self, flat: Tensor, out: Tensor, back: bool = False) -> None:
         assert self.rotary is not None
-        part = self.scratch.take("part", (len(flat), flat.shape[1] // self.width, self.width // 2), flat)
-        rotate(self._by_token(flat)[0], self.rotary[0], sin, self._by_token(out)[0], part)
+        rotate(self._by_token(flat)[0], *self.rotary, self._by_token(out)[0], self.scratch, back)
 
     def _by_token(self, flat: Tensor) -> Tensor:
         """(T, H d) as (1, T, H, d)."""
@@ -210,9 +210,7 @@ class MLP(Sublayer):
         into_u = None
         if u is not None:
             into_u = self._take("into u", x, g.shape[1])
-            torch.mul(into_g, self.activation.forward(g, out=into_u), out=into_u)
-            into_g.mul_(u)
-        self.activation.backward(into_g, g, out=into_g)
+        self.activation.gate_backward(into_g, g, u, into_u)
 
         n = self._normed_again(x, scale, [self.gate, self.up])
         into_n = self._take("into n", x, x.shape[1]) if wanted or self.trains_norm else None
@@ -223,8 +221,7 @@ class MLP(Sublayer):
 
     def _inner(self, g: Tensor, u: Tensor | None) -> Tensor:
         """act(g) * u"""
-        inner = self.activation.forward(g, out=self._take("inner", g, g.shape[1]))
-        return inner if u is None else inner.mul_(u)
+        return self.activation.gate(g, u, out=self._take("inner", g, g.shape[1]))
 
 
 def divided(some: Kept, counts: Sequence[int]) -> list[Any]:

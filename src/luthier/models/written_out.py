@@ -1,22 +1,19 @@
-"""Attention with its scores written out and its gradient too: on a CPU, in 16 bits, faster than the fused kernel's.
-
-    P = softmax(s Q K^T + mask)      O = P V
-    dV = P^T g      dP = g V^T      dS = P * (dP - rowsum(dP * P))      dQ = s dS K      dK = s dS^T Q
+"""Attention with its scores written out, by PyTorch's products: on a CPU, in 16 bits, faster than the fused kernel's.
 
 The softmax is in fp32, as transformers' is. P is kept for the backward pass where it is small beside what the rest of a block
-keeps, and computed again where it is not: it grows with the square of a row. One function for all pieces, because the gradient
-of a slice is a tensor of the whole size; heads that share a key head stand one under the other, in one product with it.
+keeps, and computed again where it is not: it grows with the square of a row. Heads that share a key head stand one under the other,
+in one product with it.
 
 Queries and keys are copied into places of rounded sizes, the rest zeros, whose scores as keys are -inf. A CPU's library of products
 makes a kernel for every new shape, which takes longer than running it, and rows of odd lengths are slow in all that follows.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from luthier.models.attended import Attended, Heads
 from luthier.models.packing import Piece, tokens_in
 from luthier.models.scratch import Scratch
 
@@ -32,111 +29,71 @@ def rounded_up(size: int) -> int:
     return -(-size // PLACES) * PLACES
 
 
-class Attended(NamedTuple):
-    """Which queries see which keys: pieces, and for each a mask that is added to its scores, (L, seen) or (H, L, seen), sizes
-    rounded up, or None; `scale` is the scores' factor.
+class WrittenOut(Attended):
+    """Pieces, and for each a mask that is added to its scores, (L, seen) or (H, L, seen), sizes rounded up, or None; `scale` is
+    the scores' factor.
     """
 
-    pieces: Sequence[Piece]
-    masks: Sequence[Tensor | None]
-    scale: float
+    def __init__(self, pieces: Sequence[Piece], masks: Sequence[Tensor | None], scale: float):
+        self.pieces, self.masks, self.scale = pieces, masks, scale
+
+    def kept_size(self, heads: int) -> int:
+        """How many numbers of P are kept."""
+        return _kept_size(heads, self.pieces)
+
+    def forward(self, heads: Heads, out: Tensor, room: Tensor, scratch: Scratch) -> list[Tensor | None]:
+        """Kept: each piece's P (K, H / K * L, seen), L and seen rounded up, which stands in `room`, None where it is not kept."""
+        query, key, value = heads
+        kept: list[Tensor | None] = []
+        start, groups = 0, key.shape[1]
+        for piece, mask in zip(self.pieces, self.masks, strict=True):
+            stop = start + _kept_size(query.shape[1], [piece])
+            place = room[start:stop].view(groups, -1, rounded_up(piece.seen)) if stop > start else None
+            scaled = _queries(query, piece, groups, scratch, "query", self.scale)
+            weights = _weights(scaled, _copy(key, piece.keys, scratch, "key"), piece, mask, scratch, place)
+            start = stop
+            found = _product(weights, _copy(value, piece.keys, scratch, "value"), scratch, "found")
+            out[0, piece.own] = _by_head(found, piece, query).transpose(0, 1)
+            kept.append(place)
+        return kept
+
+    def backward(
+        self,
+        upstream: Tensor,
+        heads: Heads,
+        out: Tensor,
+        kept: list[Tensor | None],
+        into: Heads,
+        into_bias: Tensor | None,
+        scratch: Scratch,
+    ) -> None:
+        """Adds up the gradients of keys and values, piece by piece."""
+        upstream = upstream.transpose(1, 2)  # (1, H, T, d)
+        query, key, value = heads
+        into_query, into_key, into_value = into
+        groups, scale = key.shape[1], self.scale
+        for piece, weights, mask in zip(self.pieces, kept, self.masks, strict=True):
+            own, seen = _queries(upstream, piece, groups, scratch, "upstream"), _copy(key, piece.keys, scratch, "key")
+            scaled = _queries(query, piece, groups, scratch, "query", scale)
+            if weights is None:
+                weights = _weights(scaled, seen, piece, mask, scratch)
+            _add(into_value, piece, _product(weights.transpose(1, 2), own, scratch, "into keys"))
+            into_weights = _product(own, _copy(value, piece.keys, scratch, "value").transpose(1, 2), scratch, "scores")
+            into_scores = scratch.take("into scores", weights.shape, weights)
+            torch.ops.aten._softmax_backward_data.out(into_weights, weights, -1, weights.dtype, grad_input=into_scores)
+            if into_bias is not None:
+                by_head = into_scores.view(query.shape[1], -1, into_scores.shape[2])
+                into_bias[:, : by_head.shape[1], : by_head.shape[2]] += by_head
+            found = _by_head(_product(into_scores, seen, scratch, "found"), piece, query)
+            if scale == 1:
+                into_query[0, :, piece.own] = found
+            else:
+                torch.mul(found, scale, out=into_query[0, :, piece.own])
+            _add(into_key, piece, _product(into_scores.transpose(1, 2), scaled, scratch, "into keys"))
 
 
-def attend_written_out(
-    query: Tensor, key: Tensor, value: Tensor, attended: Attended, bias: Tensor | None = None
-) -> Tensor:
-    """query: (1, H, T, d), key and value: (1, K, T, d); returns (1, T, H, d).
-
-    `bias`, (H, longest, longest), is what the masks are corners of, where it has a gradient.
-    """
-    return _WrittenOut.apply(query, key, value, bias, attended)  # type: ignore[no-any-return]
-
-
-class _WrittenOut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, attended: Attended) -> Tensor:
-        out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-        room = query.new_empty(kept_size(query.shape[1], attended.pieces))
-        kept = attend_forward(query, key, value, attended, out, room, Scratch())
-        ctx.save_for_backward(query, key, value, bias, *kept)
-        ctx.attended = attended
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> Any:
-        query, key, value, bias, *kept = ctx.saved_tensors
-        into = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        into_bias = new_into_bias(bias) if ctx.needs_input_grad[3] else None
-        attend_backward(outputs[0], (query, key, value), kept, ctx.attended, into, into_bias, Scratch())
-        return *into, None if into_bias is None else into_bias.to(bias.dtype), None
-
-
-def new_into_bias(bias: Tensor) -> Tensor:
-    """Where the gradient of a bias is summed: in fp32, there may be many rows."""
-    return torch.zeros_like(bias, dtype=torch.float32)
-
-
-def kept_size(heads: int, pieces: Sequence[Piece]) -> int:
-    """How many numbers of P are kept for these pieces."""
+def _kept_size(heads: int, pieces: Sequence[Piece]) -> int:
     return sum(heads * rounded_up(one.length) * rounded_up(one.seen) for one in pieces if one.seen <= KEPT_TO)
-
-
-def attend_forward(
-    query: Tensor, key: Tensor, value: Tensor, attended: Attended, out: Tensor, room: Tensor, scratch: Scratch
-) -> list[Tensor | None]:
-    """Write the attention into `out` (1, T, H, d); returns each piece's P (K, H / K * L, seen), L and seen rounded up, which
-    stands in `room` (`kept_size`,), None where it is not kept.
-    """
-    kept: list[Tensor | None] = []
-    start, groups = 0, key.shape[1]
-    for piece, mask in zip(attended.pieces, attended.masks, strict=True):
-        stop = start + kept_size(query.shape[1], [piece])
-        place = room[start:stop].view(groups, -1, rounded_up(piece.seen)) if stop > start else None
-        scaled = _queries(query, piece, groups, scratch, "query", attended.scale)
-        weights = _weights(scaled, _copy(key, piece.keys, scratch, "key"), piece, mask, scratch, place)
-        start = stop
-        found = _product(weights, _copy(value, piece.keys, scratch, "value"), scratch, "found")
-        out[0, piece.own] = _by_head(found, piece, query).transpose(0, 1)
-        kept.append(place)
-    return kept
-
-
-def attend_backward(
-    upstream: Tensor,
-    heads: tuple[Tensor, Tensor, Tensor],
-    kept: Sequence[Tensor | None],
-    attended: Attended,
-    into: tuple[Tensor, Tensor, Tensor],
-    into_bias: Tensor | None,
-    scratch: Scratch,
-) -> None:
-    """Write the gradient of the query into `into`, from that of the output (1, T, H, d), and add those of key and value;
-    `heads` are these three.
-
-    What is added to the masks' gradient, `into_bias`, where it is wanted, is that of all pieces.
-    """
-    upstream = upstream.transpose(1, 2)  # (1, H, T, d)
-    query, key, value = heads
-    into_query, into_key, into_value = into
-    groups, scale = key.shape[1], attended.scale
-    for piece, weights, mask in zip(attended.pieces, kept, attended.masks, strict=True):
-        own, seen = _queries(upstream, piece, groups, scratch, "upstream"), _copy(key, piece.keys, scratch, "key")
-        scaled = _queries(query, piece, groups, scratch, "query", scale)
-        if weights is None:
-            weights = _weights(scaled, seen, piece, mask, scratch)
-        _add(into_value, piece, _product(weights.transpose(1, 2), own, scratch, "into keys"))
-        into_weights = _product(own, _copy(value, piece.keys, scratch, "value").transpose(1, 2), scratch, "scores")
-        into_scores = scratch.take("into scores", weights.shape, weights)
-        torch.ops.aten._softmax_backward_data.out(into_weights, weights, -1, weights.dtype, grad_input=into_scores)
-        if into_bias is not None:
-            by_head = into_scores.view(query.shape[1], -1, into_scores.shape[2])
-            into_bias[:, : by_head.shape[1], : by_head.shape[2]] += by_head
-        found = _by_head(_product(into_scores, seen, scratch, "found"), piece, query)
-        if scale == 1:
-            into_query[0, :, piece.own] = found
-        else:
-            torch.mul(found, scale, out=into_query[0, :, piece.own])
-        _add(into_key, piece, _product(into_scores.transpose(1, 2), scaled, scratch, "into keys"))
 
 
 def _weights(

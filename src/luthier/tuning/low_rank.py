@@ -3,8 +3,7 @@
     y = x W^T + b + l B^T,   l = x A^T              (s is in B)
     dx = g W + h A,   h = g B,   dA = h^T x,   dB = g^T l        with g the upstream gradient, rows flat
 
-One function (`_TunedProduct`) for the frozen linear and its product keeps x and l alone and adds into what is there. Products that leave r
-columns are computed as their transposes, with r rows: on a CPU four times faster.
+One function (`_TunedProduct`) for the frozen linear and its product keeps x and l alone and adds into what is there (`models/matmul.py`).
 """
 
 import math
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.models.grafted import Delta
+from luthier.models.matmul import narrow, outer
 from luthier.models.products import Plain, Product, plain
 
 
@@ -49,7 +49,9 @@ class LowRank(Delta):
 
     def thin(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (r, in) and s B (out, r), cast to the precision of the activations, never the other way round."""
-        return self.once(dtype, lambda: (self.lora_A.weight.to(dtype), (self.lora_B.weight * self.scale).to(dtype)))
+        return self.once(
+            dtype, lambda: (self.lora_A.weight.to(dtype), _by_column(self.lora_B.weight * self.scale, dtype))
+        )
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """W + scale * B A."""
@@ -67,10 +69,9 @@ class _TunedProduct(Product):
 
     def forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
         """x: (T, in), out: (T, out)."""
-        self.linear.forward(x, out)
         a, b = self.delta.thin(x.dtype)
-        low = a @ x.T  # (r, T)
-        out.addmm_(low.T, b.T)
+        low = narrow(x, a)
+        self.linear.forward(x, out, (low, b.T))
         return low, a, b
 
     def backward(
@@ -78,12 +79,11 @@ class _TunedProduct(Product):
     ) -> list[Tensor | None]:
         """upstream: (T, out), x and into: (T, in)."""
         low, a, b = kept
-        into_low = b.T @ upstream.T  # (r, T)
+        into_low = narrow(upstream, b.T)
         if into is not None:
-            self.linear.backward(upstream, x, (), into, add)
-            into.addmm_(into_low.T, a)
+            self.linear.backward(upstream, x, (), into, add, (into_low, a))
         into_a, into_b = self.trained
-        return [(into_low @ x).to(into_a.dtype), (low @ upstream).T.to(into_b.dtype).mul_(self.delta.scale)]
+        return [outer(into_low, x).to(into_a.dtype), outer(low, upstream).T.to(into_b.dtype).mul_(self.delta.scale)]
 
 
 class _AddProduct(torch.autograd.Function):
@@ -108,6 +108,11 @@ class _AddProduct(torch.autograd.Function):
             into_low @ x.flatten(0, -2) if wanted_a else None,
             (low @ flat).T if wanted_b else None,
         )
+
+
+def _by_column(b: Tensor, dtype: torch.dtype) -> Tensor:
+    """B (out, r) in another precision, laid out as its transpose: that is read row by row."""
+    return b.T.to(dtype).contiguous().T
 
 
 def features(module: nn.Module) -> tuple[int, int]:

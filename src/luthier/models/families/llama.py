@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from luthier.models.activations import written_out_activation
-from luthier.models.attention import written_out
+from luthier.models.attention import attended_by
 from luthier.models.block import are_called, are_norms, products_of, quicken_blocks, run_block, scratch_of
 from luthier.models.packing import Packing
 from luthier.models.sublayers import MLP, Attention, Sublayer
@@ -30,7 +30,7 @@ def _sublayers(block: Any, x: Tensor, packing: Packing | None, positions: Any) -
     """This pass through a block; None where a part of it has a gradient that is not written out."""
     attention, mlp = block.self_attn, block.mlp
     norms = block.input_layernorm, block.post_attention_layernorm
-    if packing is None or positions is None or x.shape[0] != 1:
+    if packing is None or packing.cache is not None or positions is None or x.shape[0] != 1:
         return None
     if are_called(attention, mlp) or not are_norms(*norms):
         return None
@@ -38,7 +38,7 @@ def _sublayers(block: Any, x: Tensor, packing: Packing | None, positions: Any) -
     if activation is None:
         return None
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-    attended = written_out(packing, window, attention.scaling, x)
+    attended = attended_by(packing, window, attention.scaling, x, attention.head_dim)
     if attended is None:
         return None
     mixing = products_of(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from luthier.models.activations import written_out_activation
-from luthier.models.attention import stands_for
 from luthier.models.biased import PackedStack
 from luthier.models.block import are_called, are_norms, products_of, quicken_blocks, run_block, scratch_of
 from luthier.models.sublayers import MLP, Attention, Sublayer
+from luthier.models.where import kind_of
 
 _SAME = {"T5Block", "MT5Block"}
 
@@ -44,8 +44,7 @@ def _sublayers(
     block: Any, x: Tensor, encoded: Tensor | None, added: Tensor | None, packing: PackedStack | None
 ) -> Sequence[Sublayer] | None:
     """This pass through a block; None where a part of it has a gradient that is not written out."""
-    where = stands_for.get() if x.is_meta else x.device.type
-    if packing is None or added is None or where != "cpu" or x.dtype not in (torch.bfloat16, torch.float32):
+    if packing is None or added is None or kind_of(x) != "cpu" or x.dtype not in (torch.bfloat16, torch.float32):
         return None
     *attending, last = block.layer
     mlp = last.DenseReluDense
@@ -68,8 +67,9 @@ def _sublayers(
         mixing = products_of(attention.q, attention.k, attention.v, attention.o)
         if mixing is None:
             return None
-        attended = packing.attended(across, added, attention.scaling)
-        given = layer.layer_norm, mixing, scratch, attended, attention.key_value_proj_dim
+        width = attention.key_value_proj_dim
+        attended = packing.attended(across, added, attention.scaling, x, width)
+        given = layer.layer_norm, mixing, scratch, attended, width
         found.append(Attention(*given, encoded=encoded[0]) if across else Attention(*given, bias=added))  # type: ignore[index]
     let_in, down, *let_through = inner
     return [*found, MLP(last.layer_norm, let_in, let_through[0] if let_through else None, down, activation, scratch)]

@@ -1,0 +1,155 @@
+"""Building the kernels: once a machine, by its own C compiler, into the cache; where that cannot be, they are not used.
+
+They need AVX-512 with bfloat16 (Intel since Cooper Lake, AMD since Zen 4). OpenMP's functions are those that PyTorch has loaded, so both
+share its threads.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from luthier.cached import cached, digest
+from luthier.errors import UserError
+
+SOURCES = ("product.c", "attention.c", "thin.c", "rows.c")
+HEADERS = ("tiles.h",)
+FLAGS = (
+    *("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-unused-function"),
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mtune=native"),
+)
+# Set to 0, it keeps them from being built and used.
+SWITCH = "LUTHIER_KERNELS"
+SECONDS = 120  # that a compiler may take; it takes about two
+
+INT, LONG, FLOAT, PLACE = ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_void_p
+
+
+class Heads(ctypes.Structure):
+    """Numbers of (tokens, heads, d): address, strides in numbers."""
+
+    _fields_ = (("at", PLACE), ("token", LONG), ("head", LONG))
+
+
+class PlanOf(ctypes.Structure):
+    """Which tokens see which, as `attention.c` says."""
+
+    _fields_ = (
+        *((name, PLACE) for name in ("flat", "at", "units", "shared")),
+        *(("unit_count", LONG), ("shared_count", LONG)),
+    )
+
+
+class How(ctypes.Structure):
+    """How attention runs, as `attention.c` says."""
+
+    _fields_ = (
+        *((name, LONG) for name in ("query_heads", "key_heads", "width", "causal", "window", "bias_row")),
+        ("bias", PLACE),
+        ("scale", FLOAT),
+    )
+
+
+class WayBack(ctypes.Structure):
+    """What attention's gradient reads and writes, as `attention.c` says."""
+
+    _fields_ = (
+        *((name, Heads) for name in ("q", "k", "v", "out", "upstream", "into_q", "into_k", "into_v")),
+        *(("lse", PLACE), ("into_bias", PLACE), ("sums", PLACE), ("tokens", LONG), ("rows", LONG)),
+    )
+
+
+ARGUMENTS = {
+    "luthier_product": (PLACE, PLACE, PLACE, PLACE, PLACE, PLACE, LONG, LONG, LONG, LONG, INT, INT),
+    "luthier_gradient": (PLACE, PLACE, PLACE, PLACE, LONG, LONG, LONG),
+    "luthier_attend": (ctypes.POINTER(PlanOf), ctypes.POINTER(How), Heads, Heads, Heads, Heads, PLACE, LONG),
+    "luthier_attend_backward": (ctypes.POINTER(PlanOf), ctypes.POINTER(How), ctypes.POINTER(WayBack)),
+    "luthier_narrow": (PLACE, PLACE, PLACE, LONG, LONG, LONG),
+    "luthier_widen": (PLACE, PLACE, PLACE, LONG, LONG, LONG),
+    "luthier_outer": (PLACE, PLACE, PLACE, LONG, LONG, LONG),
+    "luthier_norm": (PLACE, PLACE, PLACE, PLACE, LONG, LONG, FLOAT, INT),
+    "luthier_norm_backward": (PLACE, PLACE, PLACE, PLACE, PLACE, PLACE, LONG, LONG),
+    "luthier_norm_weight": (PLACE, PLACE, PLACE, PLACE, LONG, LONG),
+    "luthier_rotate": (PLACE, PLACE, PLACE, PLACE, LONG, LONG, LONG, FLOAT),
+    "luthier_activate": (INT, PLACE, PLACE, PLACE, LONG),
+    "luthier_activate_backward": (INT, PLACE, PLACE, PLACE, PLACE, PLACE, LONG),
+}
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """The kernels, built where they are not yet; or why there are none."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH} is 0"
+    if not torch.cpu._is_avx512_bf16_supported():
+        return "the processor has no AVX-512 with bfloat16"
+    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return "there is no C compiler"
+    try:
+        return load(built(compiler))
+    except (OSError, subprocess.SubprocessError, UserError, AttributeError) as error:
+        return f"building them failed ({_short(error)})"
+
+
+@cache
+def has_matrix_units() -> bool:
+    """Whether the processor has units for products (AMX): PyTorch's products use them, the kernels do not."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """A built library; raises OSError where it cannot be loaded and AttributeError where it is another one."""
+    found = ctypes.CDLL(str(path))
+    for name, arguments in ARGUMENTS.items():
+        getattr(found, name).argtypes = arguments
+        getattr(found, name).restype = None
+    return found
+
+
+def built(compiler: str) -> Path:
+    """The library in the cache, made where it is not there.
+
+    Raises OSError, SubprocessError or UserError where it cannot be made.
+    """
+    folder = Path(__file__).parent
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, timeout=SECONDS, check=True
+    ).stdout
+    texts = [(folder / name).read_text(encoding="utf-8") for name in (*HEADERS, *SOURCES)]
+
+    def make(into: Path) -> None:
+        _compile(compiler, folder, into / "kernels.so")
+
+    # Tuned for one processor, and for no other though several may share the cache.
+    key = digest([texts, FLAGS, version, _processor()])
+    return cached("kernels", key, make) / "kernels.so"
+
+
+def _compile(compiler: str, folder: Path, into: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="luthier-kernels-") as aside:
+        objects = []
+        for name in SOURCES:
+            objects.append(str(Path(aside) / f"{name}.o"))
+            _run([compiler, *FLAGS, "-c", str(folder / name), "-o", objects[-1]])
+        # OpenMP is left open here: with -fopenmp a second runtime would come in, with threads of its own.
+        _run([compiler, "-shared", *objects, "-lm", "-o", str(into)])
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line for line in lines if line.startswith("model name")), "")
+
+
+def _short(error: Exception) -> str:
+    said = getattr(error, "stderr", None) or str(error)
+    return " ".join(str(said).split())[:200]

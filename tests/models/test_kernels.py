@@ -1,0 +1,308 @@
+"""The kernels against the formulas in float64, and what happens where they cannot be built."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from luthier.models import matmul
+from luthier.models.activations import _WRITTEN_OUT
+from luthier.models.attended import attend
+from luthier.models.kernels import library
+from luthier.models.kernels.calls import Kernels
+from luthier.models.kernels.fused import Fused
+from luthier.models.norms import norm_backward, norm_forward, norm_weight_backward
+from luthier.models.packing import Packing, Piece, plan_of
+from luthier.models.rotary import rotate
+from luthier.models.scratch import Scratch
+
+FOUND = library.library()
+built = pytest.mark.skipif(isinstance(FOUND, str), reason=f"no kernels: {FOUND}")
+ROUNDING = 2**-8  # of a number to bfloat16, relative; its half, and as much for an order of sums
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def close(found: Tensor, exact: Tensor, rounding: float = ROUNDING) -> None:
+    """As near as bfloat16 is: of each number, and of such that sums have cancelled."""
+    torch.testing.assert_close(
+        found.double(), exact, rtol=rounding, atol=rounding * float(exact.std(correction=0)) + 1e-12
+    )
+
+
+@pytest.fixture
+def by_pytorch(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Nothing runs by the kernels."""
+    monkeypatch.setattr("luthier.models.kernels.calls.library", lambda: "switched off")
+    return monkeypatch
+
+
+@pytest.fixture
+def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products run by the kernels on a processor with matrix units too."""
+    monkeypatch.setattr(matmul, "has_matrix_units", lambda: False)
+
+
+@built
+@pytest.mark.usefixtures("plain_products")
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 130),
+    inner=st.integers(1, 60).map(lambda half: 2 * half),
+    columns=st.integers(1, 150),
+    rank=st.sampled_from([0, 2, 8, 18]),
+    turned=st.booleans(),
+    bias=st.booleans(),
+    add=st.booleans(),
+)
+def test_a_product_is_the_formula(rows, inner, columns, rank, turned, bias, add) -> None:
+    x, out = numbers(rows, inner), numbers(rows, columns, seed=1)
+    weight = numbers(columns, inner).T if turned else numbers(inner, columns)
+    offset = numbers(columns) if bias else None
+    thin = (numbers(rows, rank), numbers(rank, columns)) if rank else None
+    assert matmul._for_product(x, weight, out, offset, thin) is not None
+    exact = x.double() @ weight.double()
+    exact += out.double() if add else 0
+    exact += 0 if offset is None else offset.double()
+    exact += thin[0].double() @ thin[1].double() if thin else 0
+    matmul.product(x, weight, out, offset, thin, add)
+    close(out, exact)
+
+
+@built
+@pytest.mark.usefixtures("plain_products")
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 130), m=st.integers(1, 120), n=st.integers(1, 120))
+def test_a_weights_gradient_is_the_formula(rows: int, m: int, n: int) -> None:
+    upstream, x = numbers(rows, m), numbers(rows, n, seed=1)
+    close(matmul.gradient(upstream, x), upstream.double().T @ x.double())
+
+
+@built
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 130), n=st.integers(1, 100).map(lambda half: 2 * half), rank=st.integers(1, 40))
+def test_thin_products_are_the_formulas(rows: int, n: int, rank: int) -> None:
+    x, w, low, y = numbers(rows, n), numbers(rank, n), numbers(rows, rank), numbers(rows, n, seed=1)
+    assert matmul._for_thin(x, w) is not None
+    close(matmul.narrow(x, w), x.double() @ w.double().T)
+    outer = matmul.outer(low, x)
+    assert outer.dtype == torch.float32
+    close(outer, low.double().T @ x.double(), 1e-5)
+    exact = y.double() + low.double() @ w.double()
+    matmul.widen(low, w, y)
+    close(y, exact)
+
+
+@built
+@pytest.mark.parametrize(("rows", "width"), [(1, 2), (7, 48), (33, 81), (5, 576)])
+@pytest.mark.parametrize("skips", [True, False])
+def test_norms_are_the_formula(rows: int, width: int, skips: bool) -> None:
+    x, weight, upstream = numbers(rows, width), numbers(width, seed=1), numbers(rows, width, seed=2)
+    skip = numbers(rows, width, seed=3) if skips else None
+    exact = x.double().requires_grad_(), weight.double().requires_grad_()
+    y = exact[0] * (exact[0].square().mean(-1, keepdim=True) + 1e-5).rsqrt() * exact[1]
+    y.backward(upstream.double())
+    found, scale = norm_forward(x, weight, 1e-5, Scratch())
+    close(found, y.detach(), 2 * ROUNDING)  # it rounds twice, as transformers does
+    given_ = upstream, x, scale, weight, Scratch()
+    close(norm_backward(*given_, skip=skip), exact[0].grad + (0 if skip is None else skip.double()))
+    close(norm_weight_backward(*given_), exact[1].grad, 2 * ROUNDING)
+
+
+@built
+@pytest.mark.parametrize("back", [True, False])
+@pytest.mark.parametrize("width", [2, 16, 40, 64, 80])
+def test_rotary_positions_turn_to_the_bits_of_pytorchs(width: int, back: bool, by_pytorch) -> None:
+    x, halves = numbers(9, 3, width), numbers(2, 9, 1, width // 2)
+    cos, sin = torch.cat([halves, halves], dim=-1).contiguous()
+    expected = rotate(x, cos, sin, torch.empty_like(x), Scratch(), back)
+    by_pytorch.undo()
+    assert torch.equal(rotate(x, cos, sin, torch.empty_like(x), Scratch(), back), expected)
+
+
+@built
+@pytest.mark.parametrize("name", sorted(_WRITTEN_OUT))
+@pytest.mark.parametrize("gated", [True, False])
+def test_activations_are_the_formulas(name: str, gated: bool) -> None:
+    activation = _WRITTEN_OUT[name]
+    # All sizes: where it is linear, where it is nothing, and between.
+    g = torch.cat([numbers(3, 50).flatten() * 3, torch.linspace(-90, 90, 61).bfloat16(), torch.zeros(2).bfloat16()])
+    u = numbers(*g.shape) if gated else None
+    upstream = numbers(*g.shape, seed=1)
+    exact = g.double().requires_grad_(), (numbers(*g.shape) if gated else torch.ones(1)).double().requires_grad_()
+    function = {"SiLUActivation": torch.nn.functional.silu, "ReLU": torch.relu}.get(
+        name, lambda x: torch.nn.functional.gelu(x, approximate="tanh")
+    )
+    y = function(exact[0]) * exact[1]
+    y.backward(upstream.double())
+    close(activation.gate(g, u, torch.empty_like(g)), y.detach(), 2 * ROUNDING)
+    into_g, into_u = upstream.clone(), torch.empty_like(g) if gated else None
+    activation.gate_backward(into_g, g, u, into_u)
+    close(into_g, exact[0].grad)
+    if into_u is not None:
+        close(into_u, exact[1].grad)
+
+
+# What is attended: pieces, causal or not, window, whether scores have a bias.
+ROWS = {
+    "rows": (Packing((50, 70, 1, 33)).pieces, True, None, False),
+    "forked": (Packing((40, 90), ((), (10, 35, 1))).pieces, True, None, False),
+    "window": (Packing((100, 20)).pieces, True, 17, False),
+    "forked window": (Packing((90,), ((30, 35),)).pieces, True, 40, False),
+    "encoder": (Packing((50, 70, 3)).pieces, False, None, True),
+    "decoder": (Packing((50, 70, 3)).pieces, True, None, True),
+    "across": (
+        tuple(
+            Piece(row, own, (seen,))
+            for row, (own, seen) in enumerate(
+                [(slice(0, 9), slice(0, 40)), (slice(9, 30), slice(40, 53)), (slice(30, 36), slice(0, 40))]
+            )
+        ),
+        *(False, None, False),
+    ),
+}
+
+
+def scores_mask(
+    pieces, causal: bool, window: int | None, bias: Tensor | None, tokens: int, keys: int, heads: int
+) -> Tensor:
+    """What is added to all scores (heads, tokens, keys), differentiable by the bias."""
+    rows = []
+    for piece in pieces:
+        places = [place for run in piece.keys for place in range(run.start, run.stop)]
+        for i in range(piece.length):
+            high = piece.seen - piece.length + i + 1 if causal else piece.seen
+            low = max(0, high - window) if window else 0
+            row = torch.full((heads, keys), float("-inf"), dtype=torch.float64)
+            added = torch.zeros(heads, high - low, dtype=torch.float64) if bias is None else bias[:, i, low:high]
+            rows.append(row.index_copy(1, torch.tensor(places[low:high]), added))
+    assert len(rows) == tokens
+    return torch.stack(rows, dim=1)
+
+
+@built
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 4, 8), (6, 2, 64), (3, 1, 80), (2, 2, 18)])
+def test_attention_is_the_formula(name: str, heads: int, groups: int, width: int) -> None:
+    pieces, causal, window, biased = ROWS[name]
+    tokens, keys = max(one.own.stop for one in pieces), max(run.stop for one in pieces for run in one.keys)
+    sizes = (heads, tokens), (groups, keys), (groups, keys)
+    query, key, value = (numbers(1, *size, width, seed=1000 * n) for n, size in enumerate(sizes))
+    longest = max(one.seen for one in pieces) + 5
+    bias = numbers(heads, longest, longest) if biased else None
+    upstream = numbers(1, tokens, heads, width, seed=3000)
+    inputs = [one.requires_grad_() for one in (query, key, value, *([] if bias is None else [bias]))]
+    exact = [one.detach().double().requires_grad_() for one in inputs]
+    wide = [exact[0][0], *(one[0].repeat_interleave(heads // groups, 0) for one in exact[1:3])]
+    mask = scores_mask(pieces, causal, window, exact[3] if biased else None, tokens, keys, heads)
+    out = ((wide[0] @ wide[1].transpose(1, 2) * 0.3 + mask).softmax(-1) @ wide[2]).transpose(0, 1)[None]
+    out.backward(upstream.double())
+
+    attended = Fused(pieces, plan_of(pieces, together=biased), 0.3, causal, window, bias)
+    found = attend(query, key, value, attended, bias)
+    found.backward(upstream)
+    close(found.detach(), out.detach(), 2 * ROUNDING)
+    for mine, theirs in zip(inputs, exact, strict=True):  # P and dS are rounded before the products with them
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=0.03, atol=0.1 * float(theirs.grad.std()))
+        assert (mine.grad - theirs.grad).norm() < 1.5 * ROUNDING * theirs.grad.norm()
+
+
+@pytest.fixture
+def on_threads() -> Iterator:
+    """Runs something on so many threads."""
+    before = torch.get_num_threads()
+
+    def run(threads: int, work) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        return work()
+
+    yield run
+    torch.set_num_threads(before)
+
+
+@built
+@pytest.mark.usefixtures("plain_products")
+def test_no_bit_depends_on_the_number_of_threads(on_threads) -> None:
+    kernels = Kernels(FOUND)
+    x, w, thin, low, upstream = numbers(131, 90), numbers(90, 100), numbers(8, 100), numbers(131, 8), numbers(131, 100)
+    pieces = Packing((40, 91), ((), (10, 35, 1))).pieces
+    heads = [numbers(1, size, 131, 16) for size in (6, 2, 2)]
+
+    def work() -> list[Tensor]:
+        matmul.product(x, w, out := torch.empty(131, 100).bfloat16(), None, (low, thin))
+        inputs = [one.clone().requires_grad_() for one in heads]
+        found = attend(*inputs, Fused(pieces, plan_of(pieces), 0.3, True))
+        gradients = torch.autograd.grad(found, inputs, numbers(1, 131, 6, 16, seed=9))
+        more = matmul.gradient(upstream, x), kernels.narrow(x, numbers(8, 90)), kernels.outer(low, x)
+        return [out, found.detach(), *gradients, *more, kernels.norm_weight(x, x, torch.ones(131, 1))]
+
+    one, *others = (on_threads(threads, work) for threads in (1, 2, 3, 4))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+SAY = "from luthier.models.kernels.library import library; found = library(); print(found if isinstance(found, str) else 'built')"
+
+
+def asked(cache: Path, **environment: str) -> subprocess.Popen:
+    """What a process of its own says of the kernels."""
+    given_ = {**os.environ, "LUTHIER_CACHE": str(cache), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen([sys.executable, "-c", SAY], stdout=subprocess.PIPE, text=True, env=given_)
+
+
+def said(process: subprocess.Popen) -> str:
+    found = process.communicate(timeout=120)[0].strip()
+    assert process.returncode == 0
+    return found
+
+
+@built
+def test_where_they_cannot_be_built_it_says_why(tmp_path: Path) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no such option" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    empty = tmp_path / "nothing"
+    empty.mkdir()
+    file = tmp_path / "file"
+    file.write_text("")
+    asks = [
+        asked(tmp_path / "a", CC=str(broken)),
+        asked(tmp_path / "b", PATH=str(empty), CC=""),
+        asked(tmp_path / "c", LUTHIER_KERNELS="0"),
+        asked(file),
+    ]
+    failed, missing, off, unwritable = map(said, asks)
+    assert failed == "building them failed (no such option)"
+    assert missing == "there is no C compiler"
+    assert off == "LUTHIER_KERNELS is 0"
+    assert unwritable.startswith("building them failed (The cache")
+
+
+@built
+def test_processes_that_build_them_at_once_all_have_them(tmp_path: Path) -> None:
+    asks = [asked(tmp_path / "cache") for _ in range(3)]
+    assert [said(one) for one in asks] == ["built"] * 3
+    folders = [one for one in (tmp_path / "cache" / "kernels").iterdir() if not one.name.startswith(".")]
+    assert len(folders) == 1 and (folders[0] / "kernels.so").is_file()
+
+
+def test_other_tensors_run_by_pytorch(by_pytorch) -> None:
+    """Without kernels the same functions give the same numbers."""
+    x, w, low, thin, offset = numbers(9, 6), numbers(6, 5), numbers(9, 2), numbers(2, 5), numbers(5)
+    matmul.product(x, w, out := torch.empty(9, 5).bfloat16(), offset, (low, thin))
+    exact = x.double() @ w.double() + low.double() @ thin.double() + offset.double()
+    close(out, exact, 3 * ROUNDING)
+    matmul.product(x, w, out, offset, None, add=True)
+    close(out, exact + x.double() @ w.double() + offset.double(), 4 * ROUNDING)
+    close(matmul.narrow(x, numbers(2, 6)), x.double() @ numbers(2, 6).double().T)
+    close(matmul.outer(low, x), low.double().T @ x.double())
+    close(matmul.gradient(low, x), low.double().T @ x.double())
