@@ -36,11 +36,15 @@ class Activation(NamedTuple):
         found = self.forward(g, out=out)
         return found if u is None else found.mul_(u)
 
-    def gate_backward(self, into_g: Tensor, g: Tensor, u: Tensor | None, into_u: Tensor | None) -> None:
-        """The gradient of u into `into_u`, and that of g in the place of the upstream gradient, `into_g`."""
+    def gate_backward(
+        self, into_g: Tensor, g: Tensor, u: Tensor | None, into_u: Tensor | None, again: Tensor | None = None
+    ) -> None:
+        """The gradient of u into `into_u`, and that of g in the place of the upstream gradient, `into_g`; what `gate` gave into `again`."""
         if kernels := kernels_for(g):
-            kernels.activate_backward(self.kind, into_g, g, u, into_u)
+            kernels.activate_backward(self.kind, into_g, g, u, into_u, again)
             return
+        if again is not None:
+            self.gate(g, u, again)
         if u is not None:
             torch.mul(into_g, self.forward(g, out=into_u), out=into_u)
             into_g.mul_(u)

@@ -34,10 +34,22 @@ class Product(ABC):
         """Write y into `out`; returns what `backward` needs besides x."""
 
     @abstractmethod
+    def backward_input(
+        self, upstream: Tensor, kept: Sequence[Tensor], into: Tensor | None, add: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Write dx into `into`, where it is wanted, or add it to what is there; returns what `backward_weights` needs of it."""
+
+    @abstractmethod
+    def backward_weights(
+        self, upstream: Tensor, x: Tensor, kept: Sequence[Tensor], passed: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """The gradients of `trained`; x is whatever it may be where `reads` is false."""
+
     def backward(
         self, upstream: Tensor, x: Tensor, kept: Sequence[Tensor], into: Tensor | None, add: bool = False
     ) -> list[Tensor | None]:
-        """Write dx into `into`, where it is wanted, or add it to what is there; returns the gradients of `trained`."""
+        """Both, one after another."""
+        return self.backward_weights(upstream, x, kept, self.backward_input(upstream, kept, into, add))
 
 
 class Plain(Product):
@@ -57,18 +69,23 @@ class Plain(Product):
         product(x, product_weight(self.module, x.dtype).T, out, self.bias, thin)
         return ()
 
-    def backward(
+    def backward_input(
         self,
         upstream: Tensor,
-        x: Tensor,
         kept: Sequence[Tensor],
         into: Tensor | None,
         add: bool = False,
         thin: Thin | None = None,
-    ) -> list[Tensor | None]:
-        """upstream: (T, out), x and into: (T, in)."""
+    ) -> tuple[Tensor, ...]:
+        """upstream: (T, out), into: (T, in)."""
         if into is not None:
             product(upstream, product_weight(self.module, upstream.dtype), into, None, thin, add)
+        return ()
+
+    def backward_weights(
+        self, upstream: Tensor, x: Tensor, kept: Sequence[Tensor], passed: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """upstream: (T, out), x: (T, in)."""
         found: list[Tensor | None] = []
         if self.wanted[0]:
             turned = isinstance(self.module, Conv1D)

@@ -206,11 +206,11 @@ class MLP(Sublayer):
         assert x is not None and g is not None and scale is not None
         of_gate, of_up, of_down = divided(rest, self.counts)
         into_g = self._take("into g", x, g.shape[1])
-        by_down = self.down.backward(upstream, self._inner(g, u) if self.down.reads else g, of_down, into_g)
-        into_u = None
-        if u is not None:
-            into_u = self._take("into u", x, g.shape[1])
-        self.activation.gate_backward(into_g, g, u, into_u)
+        passed = self.down.backward_input(upstream, of_down, into_g)
+        into_u = None if u is None else self._take("into u", x, g.shape[1])
+        inner = self._take("inner", x, g.shape[1]) if self.down.reads else None
+        self.activation.gate_backward(into_g, g, u, into_u, inner)
+        by_down = self.down.backward_weights(upstream, g if inner is None else inner, of_down, passed)
 
         n = self._normed_again(x, scale, [self.gate, self.up])
         into_n = self._take("into n", x, x.shape[1]) if wanted or self.trains_norm else None

@@ -74,16 +74,22 @@ class _TunedProduct(Product):
         self.linear.forward(x, out, (low, b.T))
         return low, a, b
 
-    def backward(
-        self, upstream: Tensor, x: Tensor, kept: Sequence[Tensor], into: Tensor | None, add: bool = False
-    ) -> list[Tensor | None]:
-        """upstream: (T, out), x and into: (T, in)."""
-        low, a, b = kept
+    def backward_input(
+        self, upstream: Tensor, kept: Sequence[Tensor], into: Tensor | None, add: bool = False
+    ) -> tuple[Tensor, ...]:
+        """upstream: (T, out), into: (T, in)."""
+        _, a, b = kept
         into_low = narrow(upstream, b.T)
-        if into is not None:
-            self.linear.backward(upstream, x, (), into, add, (into_low, a))
+        self.linear.backward_input(upstream, (), into, add, (into_low, a))
+        return (into_low,)
+
+    def backward_weights(
+        self, upstream: Tensor, x: Tensor, kept: Sequence[Tensor], passed: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """upstream: (T, out), x: (T, in)."""
         into_a, into_b = self.trained
-        return [outer(into_low, x).to(into_a.dtype), outer(low, upstream).T.to(into_b.dtype).mul_(self.delta.scale)]
+        of_a, of_b = outer(passed[0], x), outer(kept[0], upstream)
+        return [of_a.to(into_a.dtype), of_b.T.to(into_b.dtype).mul_(self.delta.scale)]
 
 
 class _AddProduct(torch.autograd.Function):

@@ -105,10 +105,10 @@ class Kernels:
         self._call("luthier_activate", (g, u, out), (g.numel(),), kind=(kind,))
 
     def activate_backward(
-        self, kind: int, upstream: Tensor, g: Tensor, u: Tensor | None, into_u: Tensor | None
+        self, kind: int, upstream: Tensor, g: Tensor, u: Tensor | None, into_u: Tensor | None, again: Tensor | None
     ) -> None:
-        """The gradient of u into `into_u`, that of g into the upstream gradient's place."""
-        tensors = (upstream, g, u, upstream, into_u)
+        """The gradient of u into `into_u`, that of g into the upstream gradient's place, act(g) * u into `again`."""
+        tensors = (upstream, g, u, upstream, into_u, again)
         self._call("luthier_activate_backward", tensors, (g.numel(),), kind=(kind,))
 
     def attend(self, plan: Plan, how: How, heads: Three, out: Tensor, lse: Tensor, work: int) -> None:

@@ -77,7 +77,7 @@ ARGUMENTS = {
     "luthier_norm_weight": (PLACE, PLACE, PLACE, PLACE, LONG, LONG),
     "luthier_rotate": (PLACE, PLACE, PLACE, PLACE, LONG, LONG, LONG, FLOAT),
     "luthier_activate": (INT, PLACE, PLACE, PLACE, LONG),
-    "luthier_activate_backward": (INT, PLACE, PLACE, PLACE, PLACE, PLACE, LONG),
+    "luthier_activate_backward": (INT, PLACE, PLACE, PLACE, PLACE, PLACE, PLACE, LONG),
 }
 
 

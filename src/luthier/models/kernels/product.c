@@ -29,11 +29,14 @@ static void pack_rows(const bf16 *w, long n, long columns, pair *panel) {
 
 /* Columns of a weight (n, `row` numbers a row) as a panel: words of one column of two neighbouring rows, (n / 2, PANEL). */
 static void pack_columns(const bf16 *w, long n, long row, long columns, pair *panel) {
-    for (long k = 0; k < n; k += 2)
+    for (long k = 0; k < n; k += 2) {
+        for (long ahead = 0; ahead < 2; ahead++) /* rows are too far apart to be fetched unasked */
+            for (long j = 0; j < PANEL; j += 32) _mm_prefetch((const char *)(w + (k + ahead + 16) * row + j), _MM_HINT_T0);
         for (long j = 0; j < PANEL; j += LANES) {
             const bf16 *one = w + k * row + j;
             _mm512_store_si512(panel + k / 2 * PANEL + j, two_rows(one, k + 1 < n ? one + row : NULL, first(columns - j)));
         }
+    }
 }
 
 INLINE void sum_up(const int rows, const pair *a, long a_row, long a_pair, const pair *panel, long pairs, __m512 sum[ROWS][4]) {

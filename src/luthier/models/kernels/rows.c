@@ -129,11 +129,13 @@ void luthier_activate(int kind, const bf16 *g, const bf16 *u, bf16 *out, long si
     }
 }
 
-INLINE void activate_backward(const int kind, const bf16 *upstream, const bf16 *g, const bf16 *u, bf16 *into_g, bf16 *into_u, long size) {
+INLINE void activate_backward(const int kind, const bf16 *upstream, const bf16 *g, const bf16 *u, bf16 *into_g, bf16 *into_u, bf16 *again,
+                              long size) {
 #pragma omp parallel for schedule(static)
     for (long c = 0; c < size; c += LANES) {
         __mmask16 mask = first(size - c);
         __m512 slope, into = read16(upstream + c, mask), found = activated(kind, read16(g + c, mask), &slope);
+        if (again) write16(again + c, u ? _mm512_mul_ps(once(found), read16(u + c, mask)) : found, mask);
         if (u) {
             __m512 through = read16(u + c, mask);
             write16(into_u + c, _mm512_mul_ps(into, found), mask);
@@ -143,11 +145,12 @@ INLINE void activate_backward(const int kind, const bf16 *upstream, const bf16 *
     }
 }
 
-/* The gradients of g, and of u if there is one; into_g may be upstream. */
-void luthier_activate_backward(int kind, const bf16 *upstream, const bf16 *g, const bf16 *u, bf16 *into_g, bf16 *into_u, long size) {
+/* The gradients of g, and of u if there is one; into_g may be upstream. `again`, if wanted, is what luthier_activate gave. */
+void luthier_activate_backward(int kind, const bf16 *upstream, const bf16 *g, const bf16 *u, bf16 *into_g, bf16 *into_u, bf16 *again,
+                               long size) {
     switch (kind) {
-    case SILU: activate_backward(SILU, upstream, g, u, into_g, into_u, size); break;
-    case GELU: activate_backward(GELU, upstream, g, u, into_g, into_u, size); break;
-    default: activate_backward(RELU, upstream, g, u, into_g, into_u, size);
+    case SILU: activate_backward(SILU, upstream, g, u, into_g, into_u, again, size); break;
+    case GELU: activate_backward(GELU, upstream, g, u, into_g, into_u, again, size); break;
+    default: activate_backward(RELU, upstream, g, u, into_g, into_u, again, size);
     }
 }

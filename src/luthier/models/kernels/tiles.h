@@ -121,7 +121,11 @@ INLINE void tile(const int rows, const int columns, const pair *a, long a_row, l
         long j = 0; \
         for (; j + 4 * LANES <= columns; j += 4 * LANES) \
             tile(rows, 4, a, a_row, a_pair, b + j, b_pair, pairs, c + j, c_row, add); \
-        for (; j < columns; j += LANES) tile(rows, 1, a, a_row, a_pair, b + j, b_pair, pairs, c + j, c_row, add); \
+        if (j + 2 * LANES <= columns) { \
+            tile(rows, 2, a, a_row, a_pair, b + j, b_pair, pairs, c + j, c_row, add); \
+            j += 2 * LANES; \
+        } \
+        if (j < columns) tile(rows, 1, a, a_row, a_pair, b + j, b_pair, pairs, c + j, c_row, add); \
     }
 TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6)
 
