@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from luthier.models.kernels.calls import Kernels, counting
+
 aten = torch.ops.aten
 # Shapes that are timed alone: those with the most FLOPs.
 SHAPES, TRIES = 16, 3
@@ -19,7 +21,7 @@ Shape = tuple[int, int, int]
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any) -> int:
-    """Q K^T and P V, counted whole where half is masked."""
+    """Q K^T and P V, counted whole where half is masked; the kernels' is counted as what is seen."""
     return 2 * math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
@@ -36,6 +38,18 @@ PRODUCTS = {
 }
 
 
+# The kernels that are products, which PyTorch does not see; (m, k, n) of the plain ones.
+KERNELS: dict[str, Any] = {
+    "product": lambda x, w, *_: (x.shape[0], x.shape[1], w.shape[1]),
+    "gradient": lambda g, x: (g.shape[1], len(g), x.shape[1]),
+    "narrow": lambda x, w: (len(x), x.shape[1], len(w)),
+    "widen": lambda low, w, y: (len(y), len(w), y.shape[1]),
+    "outer": lambda low, x: (low.shape[1], len(x), x.shape[1]),
+    "attend": None,
+    "attend_backward": None,
+}
+
+
 class Products(TorchDispatchMode):
     """Counts FLOPs and seconds of all matrix products inside it; `shapes` holds the FLOPs by (m, k, n) of plain ones."""
 
@@ -43,6 +57,38 @@ class Products(TorchDispatchMode):
         super().__init__()
         self.flops, self.seconds = 0, 0.0
         self.shapes: Counter[Shape] = Counter()
+
+    def __enter__(self) -> Any:
+        self._kernels = {name: getattr(Kernels, name) for name in KERNELS}
+        for name, kernel in self._kernels.items():
+            setattr(Kernels, name, self._counted(kernel, KERNELS[name]))
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> Any:
+        for name, kernel in self._kernels.items():
+            setattr(Kernels, name, kernel)
+        return super().__exit__(*args)
+
+    def _counted(self, kernel: Any, shape: Any) -> Any:
+        def call(kernels: Kernels, *args: Any) -> Any:
+            flops = 0
+
+            def add(work: int, _: int) -> None:
+                nonlocal flops
+                flops += work
+
+            token = counting.set(add)
+            started = time.perf_counter()
+            try:
+                return kernel(kernels, *args)
+            finally:
+                self.seconds += time.perf_counter() - started
+                counting.reset(token)
+                self.flops += flops
+                if shape is not None:
+                    self.shapes[tuple(map(_typical, shape(*args)))] += flops  # type: ignore[index]
+
+        return call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         count = PRODUCTS.get(func.overloadpacket)
@@ -97,7 +143,7 @@ def text(found: dict[str, Any]) -> str:
     """The profile in lines of at most 80 columns."""
     lines = [
         f"matrix products     {found['product_share']:6.1%} of the steps' time",
-        f"FLOPs of the steps  {found['step_flops'] / 1e9:6.0f} G in {found['step_seconds']:.1f} s, counted whole where masked",
+        f"FLOPs of the steps  {found['step_flops'] / 1e9:6.0f} G in {found['step_seconds']:.1f} s, PyTorch's attention whole",
         f"rate of products    {found['product_rate_inside'] / 1e9:6.0f} GFLOP/s inside the steps",
         f"torch.mm alone      {found['product_rate_alone'] / 1e9:6.0f} GFLOP/s on the job's shapes",
         f"achieved            {found['achieved_fraction']:6.1%} of that, over the whole steps",
