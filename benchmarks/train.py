@@ -12,7 +12,8 @@ is there, with tcmalloc preloaded (Debian: libtcmalloc-minimal4). Luthier sets i
 tcmalloc as well. The median of the repeats counts. Every side has the same precision: by default the faster of bfloat16
 and float32 on this machine. `--profile` trains Luthier alone and says where its step goes.
 
-Peers are in the extra `peers`: pip install -e '.[peers,quantize]' -c constraints.txt
+Peers are in the extra `peers`: pip install -e '.[peers,quantize]' -c constraints.txt. `adapters` asks for another transformers:
+python -m venv V && V/bin/pip install adapters==1.3.0 torch==2.13.0 accelerate, then --adapters-python V/bin/python.
 """
 
 import argparse
@@ -57,7 +58,8 @@ class Bench:
         environment = os.environ | ({"LD_PRELOAD": str(TCMALLOC)} if way.tcmalloc else {})
         told = {"side": side, "job": self.given.job, "rows": str(self.rows), "model": str(self.model)}
         told |= {"dtype": self.given.dtype, "way": asdict(way), "device": self.given.device}
-        command = [sys.executable, __file__, "--run", json.dumps(told)]
+        python = str(self.given.adapters_python) if side == "adapters" else sys.executable
+        command = [python, __file__, "--run", json.dumps(told)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         how = f"luthier{', tcmalloc' if way.tcmalloc else ''}" if side in ("luthier", "profile") else f"{side} {way}"
         if done.returncode:
@@ -112,6 +114,9 @@ class Bench:
         if "trl" in asked and _version("trl") is None:
             print("trl is not installed (the extra `peers`): left out", flush=True)
             asked = [one for one in asked if one != "trl"]
+        if "adapters" in asked and self.given.adapters_python is None:
+            print("--adapters-python names no environment that has adapters: left out", flush=True)
+            asked = [one for one in asked if one != "adapters"]
         # With float32 weights there are no masters beside them.
         return [one for one in asked if one != "masters" or self.given.dtype == "bfloat16"]
 
@@ -181,6 +186,7 @@ def main() -> None:
     )
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--adapters-python", type=Path, help="the Python of an environment with adapters")
     parser.add_argument("--profile", action="store_true", help="Luthier alone: its matrix products")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--run", help=argparse.SUPPRESS)
@@ -191,7 +197,7 @@ def main() -> None:
     for key in ("rows", "repeats"):
         if getattr(given, key) < 1:
             parser.error(f"--{key} is {getattr(given, key)}; it must be at least 1")
-    known = {"trainer", "masters", "trl", "seq2seq"}
+    known = set(SIDES) - {"luthier", "profile"}
     if unknown := set(filter(None, (given.peers or "").split(","))) - known:
         parser.error(f"--peers: {', '.join(sorted(unknown))} is none of {', '.join(sorted(known))}")
     if given.dtype == "auto":

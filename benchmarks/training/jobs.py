@@ -17,20 +17,21 @@ T5_SMALL = {
 }  # fmt: skip
 T5_FIRST_WORD, T5_END = 3, 1
 
-NO_ADAPTERS = (
-    "no peer is measured: `adapters` 1.3.0 asks for transformers 4.57 (~=4.57.6), which cannot stand beside "
-    "transformers 5, and PEFT has no bottleneck adapters. Luthier runs alone"
+ADAPTERS = (
+    "`adapters` 1.3.0 asks for transformers 4.57 (~=4.57.6), which cannot stand beside transformers 5: it runs in an "
+    "environment of its own, whose Python --adapters-python names; without it Luthier runs alone"
 )
 
 
 @dataclass(frozen=True)
 class Job:
-    """One row of the comparison. `peft` is PEFT's class and its settings, None for full fine-tuning."""
+    """One row of the comparison. `peft` is PEFT's class and its settings, None for full fine-tuning; `adapters` a class of theirs."""
 
     ours: dict[str, Any]
     rate: float
     peers: tuple[str, ...]
     peft: tuple[str, dict[str, Any]] | None = None
+    adapters: str | None = None
     t5: bool = False
     quantize: bool = False
     note: str = ""
@@ -57,8 +58,12 @@ JOBS: dict[str, Job] = {
     "norms": Job(
         {"method": "selective", "targets": "layernorm"}, 2e-3, ("trainer",), ("LNTuningConfig", {"target_modules": NORMS}),
     ),
-    "bottleneck_pfeiffer": Job({"method": "bottleneck", "placement": "pfeiffer"}, 1e-3, (), note=NO_ADAPTERS),
-    "bottleneck_houlsby": Job({"method": "bottleneck", "placement": "houlsby"}, 1e-3, (), note=NO_ADAPTERS),
+    "bottleneck_pfeiffer": Job(
+        {"method": "bottleneck", "placement": "pfeiffer"}, 1e-3, ("adapters",), adapters="SeqBnConfig", note=ADAPTERS
+    ),
+    "bottleneck_houlsby": Job(
+        {"method": "bottleneck", "placement": "houlsby"}, 1e-3, ("adapters",), adapters="DoubleSeqBnConfig", note=ADAPTERS
+    ),
     "full": Job(
         {"method": "full"}, 5e-5, ("trainer", "masters"),
         note="Luthier keeps fp32 masters of 16-bit weights. `masters` is the same work: the Trainer on fp32 weights with "

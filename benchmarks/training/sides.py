@@ -197,8 +197,35 @@ def trl(work: Work) -> Measured:
     return timed(made, made.model, work)
 
 
+def adapters(work: Work) -> Measured:
+    """`adapters`' own trainer, on transformers 4.57, which draws rows at random unless its sampler is another."""
+    import adapters as library
+    import torch
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM, TrainingArguments
+
+    class InTurn(library.AdapterTrainer):  # type: ignore[misc]
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return super()._get_train_sampler(dataset) if work.way.grouped else SequentialSampler(self.train_dataset)
+
+    torch.manual_seed(SEED)
+    dtype = getattr(torch, work.dtype)
+    model = AutoModelForCausalLM.from_pretrained(work.model, dtype=dtype)
+    library.init(model)
+    model.add_adapter("t", config=getattr(library, work.job.adapters or "")())
+    model.train_adapter("t")
+    model.adapter_to("t", dtype=dtype)
+    settings = arguments(work)
+    settings["group_by_length"] = settings.pop("train_sampling_strategy") == "group_by_length"
+    rows = [{"input_ids": r.prompt + r.target, "labels": [-100] * len(r.prompt) + r.target} for r in work.training]
+    told = TrainingArguments(**settings, remove_unused_columns=False)
+    made = InTurn(model=model, args=told, train_dataset=rows, data_collator=padded)
+    return timed(made, model, work)
+
+
 SIDES: dict[str, Callable[[Work], Measured]] = {
-    "luthier": luthier, "profile": profiled, "trainer": trainer, "masters": masters, "seq2seq": seq2seq, "trl": trl
+    "luthier": luthier, "profile": profiled, "trainer": trainer, "masters": masters, "seq2seq": seq2seq, "trl": trl,
+    "adapters": adapters,
 }  # fmt: skip
 
 

@@ -24,6 +24,8 @@ from luthier.errors import UserError
 
 SEAL = "whole.json"
 UNUSED_DAYS = 30
+# What code is in.
+SOURCES = (".py", ".c", ".h")
 # A file changed this recently may change again within the same tick of its clock.
 SETTLED_SECONDS = 2.0
 # Files up to this size are told whole by a checksum.
@@ -50,7 +52,7 @@ def code_digest(*packages: str) -> str:
     for package in packages:
         found = importlib.util.find_spec(package)
         assert found is not None and found.origin is not None, package
-        for path in sorted(Path(found.origin).parent.rglob("*.py")):
+        for path in sorted(one for one in Path(found.origin).parent.rglob("*") if one.suffix in SOURCES):
             digest_.update(f"{path.name} ".encode() + path.read_bytes())
     return digest_.hexdigest()[:16]
 

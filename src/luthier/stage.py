@@ -80,6 +80,7 @@ def run_stage(
             progress.say(f"no kernels, as {reason}: PyTorch's own operations run instead, which takes longer")
         ranks.agree("base model", base.fingerprint())
         ranks.agree("version of torch and precision", [torch.__version__, str(base.dtype)])
+        ranks.agree("kernels", kernels_for(base.embedding.weight) is not None)
         encoder = recipe.encoder(base.tokenizer, base.encoder_decoder, base.context)
         stage = Stage(directory, recipe, base, encoder, tasks, progress, should_stop, ranks)
         if ranks.sharded and (name == BASELINE or isinstance(recipe.method(name), Prompting)):

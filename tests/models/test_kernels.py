@@ -18,8 +18,11 @@ from luthier.models.attended import attend
 from luthier.models.kernels import library
 from luthier.models.kernels.calls import Kernels
 from luthier.models.kernels.fused import Fused
+from luthier.models.loss import _cross_entropy
 from luthier.models.norms import norm_backward, norm_forward, norm_weight_backward
 from luthier.models.packing import Packing, Piece, plan_of
+from luthier.models.products import Plain, quicken_linears
+from luthier.models.quantize import QuantizedLinear
 from luthier.models.rotary import rotate
 from luthier.models.scratch import Scratch
 
@@ -59,7 +62,7 @@ def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
     rows=st.integers(1, 130),
     inner=st.integers(1, 60).map(lambda half: 2 * half),
     columns=st.integers(1, 150),
-    rank=st.sampled_from([0, 2, 8, 18]),
+    rank=st.sampled_from([0, 1, 2, 3, 8, 18]),
     turned=st.booleans(),
     bias=st.booleans(),
     add=st.booleans(),
@@ -69,13 +72,52 @@ def test_a_product_is_the_formula(rows, inner, columns, rank, turned, bias, add)
     weight = numbers(columns, inner).T if turned else numbers(inner, columns)
     offset = numbers(columns) if bias else None
     thin = (numbers(rows, rank), numbers(rank, columns)) if rank else None
-    assert matmul._for_product(x, weight, out, offset, thin) is not None
+    assert matmul._for_product(x, weight, out, offset) is not None
     exact = x.double() @ weight.double()
     exact += out.double() if add else 0
     exact += 0 if offset is None else offset.double()
     exact += thin[0].double() @ thin[1].double() if thin else 0
     matmul.product(x, weight, out, offset, thin, add)
+    close(out, exact, ROUNDING * (1 + rank % 2))  # of an odd rank the thin matrix is another pass
+
+
+@built
+@pytest.mark.usefixtures("plain_products")
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("inner", [2048, 2050, 6000])
+def test_a_deep_product_is_summed_in_parts(inner: int, turned: bool) -> None:
+    """As the others; numbers are rounded once, at the end."""
+    x, out, offset, thin = numbers(45, inner), numbers(45, 70, seed=1), numbers(70), (numbers(45, 4), numbers(4, 70))
+    weight = numbers(70, inner).T if turned else numbers(inner, 70)
+    exact = x.double() @ weight.double() + out.double() + offset.double() + thin[0].double() @ thin[1].double()
+    matmul.product(x, weight, out, offset, thin, add=True)
     close(out, exact)
+    upstream = numbers(inner - 1, 50)
+    close(matmul.gradient(upstream, x.T[1:].contiguous()), upstream.double().T @ x.T[1:].double())
+
+
+@built
+@pytest.mark.usefixtures("plain_products")
+@pytest.mark.parametrize(("out", "inner"), [(2, 64), (70, 128), (192, 576), (6, 4160)])
+@pytest.mark.parametrize("double", [True, False])
+def test_a_weight_in_4_bits_is_multiplied_with_as_it_is_unpacked(
+    out: int, inner: int, double: bool, monkeypatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    layer = QuantizedLinear(numbers(out, inner), None, torch.device("cpu"), double)
+    called: list[str] = []
+    original = Kernels.product_of_4_bits
+    monkeypatch.setattr(Kernels, "product_of_4_bits", lambda *args: called.append("") or original(*args))
+    x, upstream, linear = numbers(9, inner), numbers(9, out, seed=1), Plain(layer)
+    thin = numbers(9, 2), numbers(2, out)
+    linear.forward(x, y := torch.empty(9, out).bfloat16(), thin)
+    linear.backward_input(upstream, (), into := torch.empty(9, inner).bfloat16())
+    assert len(called) == 2
+    weight = layer.dequantized()
+    matmul.product(x, weight.T, same := torch.empty_like(y), None, thin)
+    assert torch.equal(y, same)
+    matmul.product(upstream, weight, same := torch.empty_like(into))
+    assert torch.equal(into, same)
 
 
 @built
@@ -92,7 +134,6 @@ def test_a_weights_gradient_is_the_formula(rows: int, m: int, n: int) -> None:
 @given(rows=st.integers(1, 130), n=st.integers(1, 100).map(lambda half: 2 * half), rank=st.integers(1, 40))
 def test_thin_products_are_the_formulas(rows: int, n: int, rank: int) -> None:
     x, w, low, y = numbers(rows, n), numbers(rank, n), numbers(rows, rank), numbers(rows, n, seed=1)
-    assert matmul._for_thin(x, w) is not None
     close(matmul.narrow(x, w), x.double() @ w.double().T)
     outer = matmul.outer(low, x)
     assert outer.dtype == torch.float32
@@ -294,6 +335,78 @@ def test_processes_that_build_them_at_once_all_have_them(tmp_path: Path) -> None
     assert [said(one) for one in asks] == ["built"] * 3
     folders = [one for one in (tmp_path / "cache" / "kernels").iterdir() if not one.name.startswith(".")]
     assert len(folders) == 1 and (folders[0] / "kernels.so").is_file()
+
+
+@built
+@pytest.mark.parametrize("size", [2, 16, 301])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_the_formula(size: int, smoothing: float) -> None:
+    logits, labels = numbers(7, size) * 4, torch.tensor([0, 1, size - 1, size // 2, 0, 1, size - 1])
+    logits[3] += 200  # as far from 0 as logits may be
+    exact = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, labels, reduction="sum", label_smoothing=smoothing)
+    expected.backward()
+    loss, gradient = _cross_entropy(logits, labels, smoothing, True)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    close(gradient, exact.grad)
+    alone, none = _cross_entropy(logits, labels, smoothing, False)
+    assert torch.equal(alone, loss) and none is None
+
+
+@built
+@pytest.mark.usefixtures("plain_products")
+def test_no_rows_are_no_numbers() -> None:
+    out = torch.empty(0, 5).bfloat16()
+    matmul.product(numbers(0, 6), numbers(6, 5), out)
+    assert torch.equal(matmul.gradient(numbers(0, 7), numbers(0, 5)), torch.zeros(7, 5).bfloat16())
+    assert matmul.narrow(numbers(0, 6), numbers(3, 6)).shape == (0, 3)
+    assert torch.equal(matmul.outer(numbers(0, 3), numbers(0, 6)), torch.zeros(3, 6))
+    assert norm_forward(numbers(0, 6), numbers(6), 1e-5, Scratch())[0].shape == (0, 6)
+
+
+@built
+@pytest.mark.usefixtures("plain_products")
+def test_shapes_that_do_not_fit_are_pytorchs_errors() -> None:
+    x, out = numbers(4, 6), torch.empty(4, 5).bfloat16()
+    for attempt in (
+        lambda: matmul.product(x, numbers(8, 5), out),
+        lambda: matmul.product(x, numbers(6, 5), out, numbers(3)),
+        lambda: matmul.product(x, numbers(6, 5), out, None, (numbers(4, 2), numbers(2, 7))),
+        lambda: matmul.gradient(x, numbers(3, 6)),
+        lambda: matmul.narrow(x, numbers(2, 8)),
+        lambda: matmul.outer(numbers(5, 2), x),
+    ):
+        with pytest.raises(RuntimeError):
+            attempt()
+
+
+@built
+def test_what_is_no_number_stays_none() -> None:
+    x = torch.tensor([[1.0, float("nan")], [2.0, 3.0]]).bfloat16()
+    for activation in _WRITTEN_OUT.values():
+        assert activation.gate(x, None, torch.empty_like(x)).isnan().tolist() == [[False, True], [False, False]]
+    query, key, value = (numbers(1, 1, 3, 8, seed=seed) for seed in range(3))
+    key[0, 0, 1, 0] = float("nan")
+    out = attend(query, key, value, Fused(pieces := Packing((3,)).pieces, plan_of(pieces), 0.3, True))
+    assert out.isnan().any(dim=-1).flatten().tolist() == [False, True, True]
+
+
+@built
+def test_a_gradient_of_any_layout_is_taken() -> None:
+    inputs = [numbers(1, 2, 5, 8, seed=seed).requires_grad_() for seed in range(3)]
+    found = attend(*inputs, Fused(pieces := Packing((5,)).pieces, plan_of(pieces), 0.3, True))
+    upstream = numbers(1, 5, 8, 2).transpose(2, 3)
+    apart, alike = (
+        torch.autograd.grad(found, inputs, one, retain_graph=True) for one in (upstream, upstream.contiguous())
+    )
+    assert all(torch.equal(*both) for both in zip(apart, alike, strict=True))
+    linear = torch.nn.Linear(8, 6).bfloat16()
+    quicken_linears(linear)
+    x = numbers(3, 8).requires_grad_()
+    linear(x).clamp_(-0.1, 0.1).sum().backward()  # as some models do with what a linear gave
+    exact = x.detach().double().requires_grad_()
+    torch.nn.functional.linear(exact, linear.weight.double(), linear.bias.double()).clamp(-0.1, 0.1).sum().backward()
+    close(x.grad, exact.grad, 0.05)
 
 
 def test_other_tensors_run_by_pytorch(by_pytorch) -> None:

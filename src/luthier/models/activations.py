@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from luthier.models.kernels.calls import kernels_for
 from luthier.models.products import hooked
@@ -94,6 +95,7 @@ class _Gelu(torch.autograd.Function):
         return _GELU.gate(x, None, torch.empty_like(x))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         into = outputs[0].clone(memory_format=torch.contiguous_format)
         _GELU.gate_backward(into, ctx.saved_tensors[0], None, None)

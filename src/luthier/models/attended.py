@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from luthier.models.scratch import Scratch
 
@@ -64,6 +65,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         query, key, value, bias, out, *kept = ctx.saved_tensors
         into = _like(query), _like(key).zero_(), _like(value).zero_()
@@ -79,4 +81,4 @@ def _like(heads: Tensor) -> Tensor:
 
 def new_into_bias(bias: Tensor) -> Tensor:
     """Where the gradient of a bias is summed: in fp32, there may be many rows."""
-    return torch.zeros_like(bias, dtype=torch.float32)
+    return torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)

@@ -60,8 +60,8 @@ def packed_attention(
         return _at_lengths(query, key, value, packing, scale, sliding_window), None
     if _as_one_call(packing, where, softcap, sliding_window):
         return _together(query, key, value, packing, scale, dropout), None
-    attended = attended_by(packing, sliding_window, scale, query, query.shape[-1])
-    if attended and softcap is None and not dropout:
+    plain = softcap is None and not dropout
+    if plain and (attended := attended_by(packing, sliding_window, scale, query, query.shape[-1])):
         return attend(query, key, value, attended), None
     explicit = _is_explicit(packing, where, query.dtype)
     outputs = []

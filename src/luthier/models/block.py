@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from luthier.models.grafted import Grafted
 from luthier.models.norms import is_rms_norm
@@ -77,6 +78,7 @@ class _Block(torch.autograd.Function):
         return y[None]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         kept = divided(list(ctx.saved_tensors), ctx.counts)
         wanted = [ctx.needs_input_grad[0]]  # of each sublayer's x: where anything before has a gradient

@@ -15,6 +15,7 @@ from torch import Tensor
 from luthier.models.base import BaseModel
 from luthier.models.batch import Batch
 from luthier.models.frozen import target_states_behind
+from luthier.models.kernels.calls import kernels_for
 from luthier.models.run import target_states
 
 # Rows of the head's product computed at once: (CHUNK, vocabulary) floats are the largest tensor alive.
@@ -47,6 +48,9 @@ def _chunk(base: BaseModel, targets: int) -> int:
 
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, wanted: bool) -> tuple[Tensor, Tensor | None]:
     """The summed loss of logits (N, V), and its gradient where it is wanted: softmax - (1 - e) one-hot - e / V, computed in fp32."""
+    if labels.dtype == torch.int64 and (kernels := kernels_for(logits)):
+        into = torch.empty_like(logits) if wanted else None
+        return kernels.cross_entropy(logits, labels, smoothing, into).sum(), into
     wide = logits.float() if logits.dtype != torch.float32 else logits.clone()
     rows, size = torch.arange(len(labels), device=labels.device), wide.shape[1]
     wide -= wide.amax(1, keepdim=True)

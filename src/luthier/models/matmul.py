@@ -7,29 +7,26 @@ four times faster.
 import torch
 from torch import Tensor
 
-from luthier.models.kernels.calls import Kernels, kernels_for
+from luthier.models.kernels.calls import FourBits, Kernels, kernels_for
 from luthier.models.kernels.library import has_matrix_units
-
-# Not those that only look like tensors: divided over processes, or of a model that is watched.
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 # What stands beside a linear: low and a thin matrix, whose product is added.
 Thin = tuple[Tensor, Tensor]
 
 
 def by_kernels(x: Tensor) -> bool:
-    """Whether products of tensors like this one run by the kernels, to which all sizes are alike."""
-    return not has_matrix_units() and kernels_for(x) is not None
+    """Whether products of tensors like this one run by the kernels, which make nothing anew for another number of rows."""
+    return _for_rows(x) is not None
 
 
 def product(
     x: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None, thin: Thin | None = None, add: bool = False
 ) -> None:
     """x W + bias + low thin into `out`, or added to what is there: (T, n), (n, m), (m,), (T, r), (r, m) into (T, m)."""
-    if kernels := _for_product(x, w, out, bias, thin):
-        kernels.product(x, w, bias, None if thin is None else (thin[0].contiguous(), thin[1]), out, add)
-        return
-    if add:
+    if kernels := _for_product(x, w, out, bias):
+        kernels.product(x, w, bias, beside := _beside(thin, out), out, add)
+        thin = thin if beside is None else None
+    elif add:
         out.addmm_(x, w)
         if bias is not None:
             out.add_(bias)
@@ -41,48 +38,71 @@ def product(
         widen(*thin, out)
 
 
+def product_of_4_bits(
+    x: Tensor, w: FourBits, out: Tensor, bias: Tensor | None = None, thin: Thin | None = None, add: bool = False
+) -> None:
+    """As `product`, with a weight that the kernels unpack themselves: where `by_kernels(x)`."""
+    kernels = _for_rows(x)
+    assert kernels is not None
+    kernels.product_of_4_bits(x.contiguous(), w, bias, beside := _beside(thin, out), out, add)
+    if thin is not None and beside is None:
+        widen(*thin, out)
+
+
 def gradient(g: Tensor, x: Tensor) -> Tensor:
     """g^T x, (m, n)."""
-    if by_kernels(x) and g.is_contiguous() and x.is_contiguous():
-        kernels = kernels_for(x)
-        assert kernels is not None
-        return kernels.gradient(g, x)
-    return g.T @ x
+    fits = len(g) == len(x) and g.dtype == x.dtype and g.is_contiguous() and x.is_contiguous()
+    kernels = _for_rows(x) if fits else None
+    return g.T @ x if kernels is None else kernels.gradient(g, x)
 
 
 def narrow(x: Tensor, w: Tensor) -> Tensor:
     """x W^T, (T, r)."""
-    kernels = _for_thin(x, w)
-    return kernels.narrow(x, w) if kernels else (w @ x.T).T
+    fits = x.shape[1] == w.shape[1] and x.shape[1] % 2 == 0 and _alike(x, w)  # two numbers are read as one word
+    kernels = kernels_for(x) if fits else None
+    return (w @ x.T).T if kernels is None else kernels.narrow(x, w)
 
 
 def widen(low: Tensor, w: Tensor, y: Tensor) -> None:
     """y += low W."""
-    if kernels := _for_thin(y, w):
-        kernels.widen(low.contiguous(), w, y)
+    low = low.contiguous()
+    if _fits(low, w, y) and (kernels := kernels_for(y)):
+        kernels.widen(low, w, y)
     else:
         y.addmm_(low, w)
 
 
 def outer(low: Tensor, x: Tensor) -> Tensor:
     """low^T x, (r, n), in fp32 where the kernels compute it, else in the precision of x."""
-    kernels = _for_thin(x, x)
-    return kernels.outer(low.contiguous(), x) if kernels else low.T @ x
+    fits = len(low) == len(x) and low.dtype == x.dtype and x.is_contiguous()
+    kernels = kernels_for(x) if fits else None
+    return low.T @ x if kernels is None else kernels.outer(low.contiguous(), x)
 
 
-def _for_thin(x: Tensor, w: Tensor) -> Kernels | None:
-    """The kernels, where they run on such matrices: two numbers of a row are read as one word."""
-    fine = x.shape[1] % 2 == 0 and x.is_contiguous() and w.is_contiguous() and w.dtype == x.dtype
-    return kernels_for(x) if fine else None
+def _for_rows(x: Tensor) -> Kernels | None:
+    return None if has_matrix_units() else kernels_for(x)
 
 
-def _for_product(x: Tensor, w: Tensor, out: Tensor, bias: Tensor | None, thin: Thin | None) -> Kernels | None:
-    if has_matrix_units() or w.dtype != x.dtype or len(w) % 2 or type(w) not in _PLAIN:
+def _for_product(x: Tensor, w: Tensor, out: Tensor, bias: Tensor | None) -> Kernels | None:
+    """The kernels, where such a product can be theirs; PyTorch says what is wrong with shapes that do not fit."""
+    others = [w, out] if bias is None else [w, out, bias]
+    if any(one.dtype != x.dtype or type(one) not in (Tensor, torch.nn.Parameter) for one in others):
         return None
-    if not (x.is_contiguous() and out.is_contiguous() and (w.is_contiguous() or w.T.is_contiguous())):
+    if x.shape[1] != len(w) or out.shape != (len(x), w.shape[1]) or (bias is not None and bias.shape != w.shape[1:]):
         return None
-    if bias is not None and bias.dtype != x.dtype:
+    if len(w) % 2 or not (x.is_contiguous() and out.is_contiguous() and (w.is_contiguous() or w.T.is_contiguous())):
         return None
-    if thin is not None and not (thin[1].shape[0] % 2 == 0 and thin[1].is_contiguous() and thin[1].dtype == x.dtype):
-        return None
-    return kernels_for(x)
+    return _for_rows(x)
+
+
+def _beside(thin: Thin | None, out: Tensor) -> Thin | None:
+    """What a product takes along: thin matrices of an even number of rows."""
+    return thin if thin is not None and len(thin[1]) % 2 == 0 and _fits(*thin, out) else None
+
+
+def _fits(low: Tensor, w: Tensor, y: Tensor) -> bool:
+    return low.shape == (len(y), len(w)) and y.shape[1] == w.shape[1] and _alike(low, w, y)
+
+
+def _alike(*tensors: Tensor) -> bool:
+    return len({one.dtype for one in tensors}) == 1 and all(one.is_contiguous() for one in tensors)

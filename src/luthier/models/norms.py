@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from luthier.models.kernels.calls import Kernels, kernels_for
 from luthier.models.scratch import Scratch
@@ -53,6 +54,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         x, scale, weight = ctx.saved_tensors
         wanted_x, wanted_weight, _ = ctx.needs_input_grad
@@ -69,10 +71,9 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor]:
     """The norm of x (..., D), into `out` where there is one, and the scale r (..., 1) in fp32."""
     if kernels := _kernels(x, weight):
-        flat = _flat(x)
-        out = torch.empty_like(flat) if out is None else out
-        scale = kernels.norm(flat, weight, eps, _flat(out))
-        return out.view(x.shape), scale.view(*x.shape[:-1], 1)
+        out = x.new_empty(x.shape) if out is None else out
+        scale = kernels.norm(_flat(x), weight, eps, out.view(-1, x.shape[-1]))
+        return out, scale.view(*x.shape[:-1], 1)
     wide = scratch.take("norm", x.shape, x, torch.float32).copy_(x)
     squares = torch.mul(wide, wide, out=scratch.take("norm too", x.shape, x, torch.float32))
     scale = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
@@ -82,7 +83,7 @@ def norm_forward(
 def norm_again(x: Tensor, scale: Tensor, weight: Tensor, scratch: Scratch, out: Tensor | None = None) -> Tensor:
     """What `norm_forward` gave, from the scale that it gave."""
     if out is not None and (kernels := _kernels(x, weight)):
-        kernels.norm(_flat(x), weight, 0.0, _flat(out), scale)
+        kernels.norm(_flat(x), weight, 0.0, out.view(-1, x.shape[-1]), scale)
         return out
     wide = scratch.take("norm", x.shape, x, torch.float32).copy_(x)
     return _scaled(wide, scale, weight, out)
@@ -111,7 +112,8 @@ def norm_weight_backward(upstream: Tensor, x: Tensor, scale: Tensor, weight: Ten
 
 
 def _kernels(x: Tensor, weight: Tensor) -> Kernels | None:
-    return kernels_for(x) if weight.dtype == x.dtype and type(weight) in (Tensor, nn.Parameter) else None
+    fine = weight.dtype == x.dtype and weight.shape == x.shape[-1:] and type(weight) in (Tensor, nn.Parameter)
+    return kernels_for(x) if fine else None
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from luthier.models.dense import product_weight
-from luthier.models.matmul import Thin, by_kernels, gradient, product
+from luthier.models.matmul import Thin, by_kernels, gradient, product, product_of_4_bits
 from luthier.models.quantize import QuantizedLinear
 
 LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
@@ -66,7 +67,7 @@ class Plain(Product):
 
     def forward(self, x: Tensor, out: Tensor, thin: Thin | None = None) -> tuple[Tensor, ...]:
         """x: (T, in), out: (T, out); `thin`, if any, is what stands beside this linear."""
-        product(x, product_weight(self.module, x.dtype).T, out, self.bias, thin)
+        self._multiply(x, True, out, self.bias, thin)
         return ()
 
     def backward_input(
@@ -79,8 +80,19 @@ class Plain(Product):
     ) -> tuple[Tensor, ...]:
         """upstream: (T, out), into: (T, in)."""
         if into is not None:
-            product(upstream, product_weight(self.module, upstream.dtype), into, None, thin, add)
+            self._multiply(upstream, False, into, None, thin, add)
         return ()
+
+    def _multiply(
+        self, x: Tensor, forward: bool, out: Tensor, bias: Tensor | None, thin: Thin | None, add: bool = False
+    ) -> None:
+        """x W^T + bias, or x W."""
+        alike = self.packed and by_kernels(x) and (bias is None or bias.dtype == x.dtype)
+        if alike and (few := self.module.four_bits(forward, x.dtype)) is not None:  # type: ignore[operator]
+            product_of_4_bits(x, few, out, bias, thin, add)
+        else:
+            weight = product_weight(self.module, x.dtype)
+            product(x, weight.T if forward else weight, out, bias, thin, add)
 
     def backward_weights(
         self, upstream: Tensor, x: Tensor, kept: Sequence[Tensor], passed: Sequence[Tensor]
@@ -98,16 +110,18 @@ class Plain(Product):
 class _Alone(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, product: Product, *trained: Tensor) -> Tensor:
-        flat = x.flatten(0, -2)
-        out = flat.new_empty(len(flat), product.width)
-        ctx.save_for_backward(flat if product.reads else None, *product.forward(flat, out))
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        out = x.new_empty(*x.shape[:-1], product.width)  # no view: who has it may change it
+        kept = product.forward(flat, out.view(-1, product.width))
+        ctx.save_for_backward(flat if product.reads else None, *kept)
         ctx.product, ctx.shape = product, x.shape
-        return out.view(*x.shape[:-1], -1)
+        return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         flat, *kept = ctx.saved_tensors
-        upstream = outputs[0].flatten(0, -2)
+        upstream = outputs[0].flatten(0, -2).contiguous()
         into = upstream.new_empty(len(upstream), ctx.shape[-1]) if ctx.needs_input_grad[0] else None
         found = ctx.product.backward(upstream, flat, kept, into)
         return None if into is None else into.view(ctx.shape), None, *found
@@ -131,8 +145,9 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     linear = Plain(self)
     if torch.is_grad_enabled():
         return apply_alone(linear, x)
-    linear.forward(flat := x.reshape(-1, x.shape[-1]), out := flat.new_empty(len(flat), linear.width))
-    return out.view(*x.shape[:-1], -1)
+    out = x.new_empty(*x.shape[:-1], linear.width)
+    linear.forward(x.reshape(-1, x.shape[-1]).contiguous(), out.view(-1, linear.width))
+    return out
 
 
 def hooked(module: nn.Module) -> bool:

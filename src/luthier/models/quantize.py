@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import UserError
 from luthier.models.allocator import give_back_freed_memory
+from luthier.models.kernels.calls import FourBits
 
 Quantization = Literal["nf4"]
 BLOCK = 64
@@ -67,6 +68,22 @@ class QuantizedLinear(nn.Linear):
         assert self.packed is not None, "a skeleton has no weights"
         blocks: Tensor = _functional().dequantize_4bit(self.packed, self.state)
         return blocks.flatten()[: self.weight.numel()].view(self.weight.shape)
+
+    def four_bits(self, by_rows: bool, dtype: torch.dtype) -> FourBits | None:
+        """The weight as the kernels read it, for products in this precision; None where they do not know how it is packed."""
+        state = self.state
+        if (
+            state is None
+            or self.packed is None
+            or (state.quant_type, state.blocksize, state.dtype) != ("nf4", BLOCK, dtype)
+        ):
+            return None
+        if self.in_features % BLOCK or self.out_features % 2:
+            return None
+        scale = state.absmax
+        if state.nested:
+            scale = _functional().dequantize_blockwise(scale, state.state2) + state.offset
+        return FourBits(self.packed, scale.float(), state.code, by_rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         # The stand-in stays on the meta device, which has nothing to move.

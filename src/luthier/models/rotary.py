@@ -14,8 +14,9 @@ from luthier.models.scratch import Scratch
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, scratch: Scratch, back: bool = False) -> Tensor:
     """x and out: (T, H, d); cos and sin: (T, 1, d), each half the same."""
-    if kernels := kernels_for(x):
-        kernels.rotate(x, cos, sin, out, back)
+    turns = all(one.shape == (len(x), 1, x.shape[2]) and one.dtype == x.dtype for one in (cos, sin))
+    if turns and (kernels := kernels_for(x)):
+        kernels.rotate(x, cos.contiguous(), sin.contiguous(), out, back)
         return out
     half = x.shape[-1] // 2
     sin = -sin if back else sin

@@ -18,6 +18,7 @@ from luthier.encoding.stored import StoredRows
 from luthier.errors import UserError
 from luthier.models.base import BaseModel
 from luthier.models.frozen import SLICED, frozen_blocks, frozen_states
+from luthier.models.kernels.calls import kernels_for
 
 # Tokens that run at once while the states are made.
 TOKENS = 4096
@@ -63,6 +64,7 @@ def frozen_rows(base: BaseModel, name: str, rows: StoredRows, say: Callable[[str
         [
             rows.folder.name, base.fingerprint(), base.quantized, str(base.dtype), base.device.type, blocks,
             code_digest("luthier.models"), installed("torch"), installed("transformers"),
+            kernels_for(base.embedding.weight) is not None,
         ]
     )  # fmt: skip
     place = cached("states", key, lambda folder: _make(base, rows, blocks, folder, size, say))

@@ -3,7 +3,7 @@
 import ctypes
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,24 +14,38 @@ from luthier.models.where import kind_of
 
 Three = tuple[Tensor, Tensor, Tensor]
 
+
+class FourBits(NamedTuple):
+    """A weight (out, in) in NormalFloat: number i is code[q_i] scale[i / 64]; `by_rows` where (in, out) is asked of it. Its rows are
+    multiples of 64.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    code: Tensor
+    by_rows: bool
+
+
 # Who wants to know of the work of calls, which PyTorch does not see: operations in products, and bytes read and written.
 counting: ContextVar[Callable[[int, int], None] | None] = ContextVar("counting", default=None)
 
 
 def kernels_for(x: Tensor) -> "Kernels | None":
     """The kernels, where they run on tensors like this one."""
-    if x.dtype != torch.bfloat16 or kind_of(x) != "cpu":
-        return None
-    found = library()
-    return None if isinstance(found, str) else Kernels(found)
+    found = _library_for(x)
+    return None if found is None or isinstance(found, str) else Kernels(found)
 
 
 def why_none(x: Tensor) -> str | None:
     """Why tensors like this one, which the kernels are for, run without them; None where they run, or are not for such."""
-    if x.dtype != torch.bfloat16 or kind_of(x) != "cpu":
-        return None
-    found = library()
+    found = _library_for(x)
     return found if isinstance(found, str) else None
+
+
+def _library_for(x: Tensor) -> ctypes.CDLL | str | None:
+    # Not those that only look like tensors: divided over processes, or watched by a compiler.
+    fine = x.dtype == torch.bfloat16 and type(x) in (Tensor, torch.nn.Parameter) and kind_of(x) == "cpu"
+    return library() if fine else None
 
 
 class Kernels:
@@ -54,6 +68,16 @@ class Kernels:
         self._call(
             "luthier_product", tensors, (*x.shape, w.shape[1], rank, by_rows, add), 2 * out.numel() * (len(w) + rank)
         )
+
+    def product_of_4_bits(
+        self, x: Tensor, w: FourBits, bias: Tensor | None, thin: tuple[Tensor, Tensor] | None, out: Tensor, add: bool
+    ) -> None:
+        """As `product`, with a weight in 4 bits."""
+        low, matrix = thin or (None, None)
+        tensors = x, w.packed, w.scale, w.code, bias, low, matrix, out
+        rank = 0 if low is None else low.shape[1]
+        sizes = (*x.shape, out.shape[1], rank, w.by_rows, add)
+        self._call("luthier_product_of_4_bits", tensors, sizes, 2 * out.numel() * (x.shape[1] + rank))
 
     def gradient(self, g: Tensor, x: Tensor) -> Tensor:
         """g^T x: (T, m), (T, n) to (m, n)."""
@@ -100,6 +124,12 @@ class Kernels:
         """x, out: (T, H, d); cos, sin: (T, 1, d)."""
         self._call("luthier_rotate", (x, cos, sin, out), (*x.shape, -1 if back else 1))
 
+    def cross_entropy(self, logits: Tensor, labels: Tensor, smoothing: float, into: Tensor | None) -> Tensor:
+        """The losses (N,) in fp32 of logits (N, V), their gradient into `into`; labels (N,) int64."""
+        losses = logits.new_empty(len(logits), dtype=torch.float32)
+        self._call("luthier_cross_entropy", (logits, labels, losses, into), (*logits.shape, smoothing))
+        return losses
+
     def activate(self, kind: int, g: Tensor, u: Tensor | None, out: Tensor) -> None:
         """act(g) * u into `out`."""
         self._call("luthier_activate", (g, u, out), (g.numel(),), kind=(kind,))
@@ -130,7 +160,8 @@ class Kernels:
             self.library.luthier_attend_backward(_plan(plan), ctypes.byref(how), ctypes.byref(way_back))
 
     def _call(self, name: str, tensors: tuple[Tensor | None, ...], rest: Any, work: int = 0, kind: Any = ()) -> None:
-        assert all(one is None or one.is_contiguous() for one in tensors), name
+        if not all(one is None or one.is_contiguous() for one in tensors):
+            raise ValueError(f"{name} takes contiguous tensors")
         if not _counted(tensors[0], tensors, work):
             getattr(self.library, name)(*kind, *map(_address, tensors), *rest)
 

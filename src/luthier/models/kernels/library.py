@@ -66,6 +66,7 @@ class WayBack(ctypes.Structure):
 
 ARGUMENTS = {
     "luthier_product": (PLACE, PLACE, PLACE, PLACE, PLACE, PLACE, LONG, LONG, LONG, LONG, INT, INT),
+    "luthier_product_of_4_bits": (*8 * (PLACE,), *4 * (LONG,), INT, INT),
     "luthier_gradient": (PLACE, PLACE, PLACE, PLACE, LONG, LONG, LONG),
     "luthier_attend": (ctypes.POINTER(PlanOf), ctypes.POINTER(How), Heads, Heads, Heads, Heads, PLACE, LONG),
     "luthier_attend_backward": (ctypes.POINTER(PlanOf), ctypes.POINTER(How), ctypes.POINTER(WayBack)),
@@ -76,6 +77,7 @@ ARGUMENTS = {
     "luthier_norm_backward": (PLACE, PLACE, PLACE, PLACE, PLACE, PLACE, LONG, LONG),
     "luthier_norm_weight": (PLACE, PLACE, PLACE, PLACE, LONG, LONG),
     "luthier_rotate": (PLACE, PLACE, PLACE, PLACE, LONG, LONG, LONG, FLOAT),
+    "luthier_cross_entropy": (PLACE, PLACE, PLACE, PLACE, LONG, LONG, FLOAT),
     "luthier_activate": (INT, PLACE, PLACE, PLACE, LONG),
     "luthier_activate_backward": (INT, PLACE, PLACE, PLACE, PLACE, PLACE, PLACE, LONG),
 }
@@ -88,7 +90,7 @@ def library() -> ctypes.CDLL | str:
         return f"{SWITCH} is 0"
     if not torch.cpu._is_avx512_bf16_supported():
         return "the processor has no AVX-512 with bfloat16"
-    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "cc"))), None)
     if compiler is None:
         return "there is no C compiler"
     try:
@@ -118,9 +120,7 @@ def built(compiler: str) -> Path:
     Raises OSError, SubprocessError or UserError where it cannot be made.
     """
     folder = Path(__file__).parent
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, timeout=SECONDS, check=True
-    ).stdout
+    version = _run([compiler, "--version"])
     texts = [(folder / name).read_text(encoding="utf-8") for name in (*HEADERS, *SOURCES)]
 
     def make(into: Path) -> None:
@@ -141,8 +141,8 @@ def _compile(compiler: str, folder: Path, into: Path) -> None:
         _run([compiler, "-shared", *objects, "-lm", "-o", str(into)])
 
 
-def _run(command: list[str]) -> None:
-    subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=True).stdout
 
 
 def _processor() -> str:

@@ -1,7 +1,9 @@
-/* What stands between a block's products, each one pass over its rows: norms, rotary positions, activations. Numbers are bfloat16, inside fp32, and
+/* What stands between products, each a pass or three over its rows: norms, rotary positions, activations, the loss. Numbers are bfloat16, inside fp32, and
  * rounded where transformers' modules round.
  */
 #include "tiles.h"
+
+#include <math.h>
 
 /* Rounded to bfloat16, and wide again. */
 INLINE __m512 once(__m512 x) { return wide(narrow(x)); }
@@ -95,8 +97,8 @@ INLINE __m512 sigmoid(__m512 x) {
 INLINE __m512 activated(const int kind, __m512 x, __m512 *slope) {
     __m512 one = _mm512_set1_ps(1), zero = _mm512_setzero_ps();
     if (kind == RELU) {
-        *slope = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, zero, _CMP_GT_OQ), one);
-        return _mm512_max_ps(x, zero);
+        *slope = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, zero, _CMP_NLE_UQ), one);
+        return _mm512_max_ps(zero, x); /* the second, where one is NaN */
     }
     __m512 z = x, dz = one;
     if (kind == GELU) {
@@ -152,5 +154,35 @@ void luthier_activate_backward(int kind, const bf16 *upstream, const bf16 *g, co
     case SILU: activate_backward(SILU, upstream, g, u, into_g, into_u, again, size); break;
     case GELU: activate_backward(GELU, upstream, g, u, into_g, into_u, again, size); break;
     default: activate_backward(RELU, upstream, g, u, into_g, into_u, again, size);
+    }
+}
+
+/* Cross-entropy of each row of logits (rows, n): losses (rows), fp32; and the gradient, softmax - (1 - e) one-hot - e / n, where `into` is. `e` is the share
+ * of all tokens, label smoothing (Szegedy et al. 2016). */
+void luthier_cross_entropy(const bf16 *logits, const int64_t *labels, float *losses, bf16 *into, long rows, long n, float e) {
+#pragma omp parallel for schedule(static)
+    for (long t = 0; t < rows; t++) {
+        const bf16 *row = logits + t * n;
+        __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps(), all = _mm512_setzero_ps();
+        for (long c = 0; c < n; c += LANES) {
+            __mmask16 mask = first(n - c);
+            most = _mm512_mask_max_ps(most, mask, most, read16(row + c, mask));
+        }
+        __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+        for (long c = 0; c < n; c += LANES) {
+            __mmask16 mask = first(n - c);
+            __m512 x = _mm512_sub_ps(read16(row + c, mask), top);
+            sum = _mm512_mask_add_ps(sum, mask, sum, exp16(x));
+            all = _mm512_mask_add_ps(all, mask, all, x);
+        }
+        float total = _mm512_reduce_add_ps(sum), label = _mm512_cvtss_f32(read16(row + labels[t], 1)) - _mm512_cvtss_f32(top);
+        losses[t] = logf(total) - (1 - e) * label - (e ? e * _mm512_reduce_add_ps(all) / n : 0);
+        if (!into) continue;
+        __m512 part = _mm512_set1_ps(1 / total), even = _mm512_set1_ps(e / n);
+        for (long c = 0; c < n; c += LANES) {
+            __mmask16 mask = first(n - c), mine = labels[t] >= c && labels[t] < c + LANES ? (__mmask16)(1u << (labels[t] - c)) : 0;
+            __m512 x = _mm512_fmsub_ps(exp16(_mm512_sub_ps(read16(row + c, mask), top)), part, even);
+            write16(into + t * n + c, _mm512_mask_sub_ps(x, mine, x, _mm512_set1_ps(1 - e)), mask);
+        }
     }
 }

@@ -11,7 +11,7 @@
 #include <string.h>
 
 typedef uint16_t bf16;
-typedef uint32_t pair;
+typedef uint32_t __attribute__((may_alias, aligned(2))) pair; /* two numbers of a row, wherever they stand */
 
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
@@ -26,12 +26,6 @@ INLINE __m512 wide(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm
 INLINE __m512 read16(const bf16 *from, __mmask16 mask) { return wide(_mm256_maskz_loadu_epi16(mask, from)); }
 INLINE __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 INLINE void write16(bf16 *to, __m512 x, __mmask16 mask) { _mm256_mask_storeu_epi16(to, mask, narrow(x)); }
-INLINE float one_wide(bf16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float found;
-    memcpy(&found, &bits, 4);
-    return found;
-}
 
 /* Numbers of one row and of the next one, if there is one, as words of two. */
 INLINE __m512i two_rows(const bf16 *x, const bf16 *next, __mmask16 mask) {
@@ -39,9 +33,9 @@ INLINE __m512i two_rows(const bf16 *x, const bf16 *next, __mmask16 mask) {
     return next ? _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, next)), 16)) : low;
 }
 
-/* exp to some 2 units in the last place: 2^n times a polynomial of the rest. */
+/* exp as 2^n times a polynomial of the rest, to a few units in the last place of fp32 near 0 and some ten of them at -20; NaN stays NaN. */
 INLINE __m512 exp16(__m512 x) {
-    __m512 t = _mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _mm512_set1_ps(-150.0f));
+    __m512 t = _mm512_max_ps(_mm512_set1_ps(-150.0f), _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)));
     __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 f = _mm512_sub_ps(t, n);
     __m512 p = _mm512_set1_ps(1.5403530e-4f);
@@ -146,7 +140,8 @@ static void product(long rows, long columns, const pair *a, long a_row, long a_p
     }
 }
 
-/* Memory of one thread for a call, kept for the next one: `taken` restarts it, `take` gives parts of it. */
+/* Memory of one thread for a call, kept for the next one: `room_of` begins it anew, `take` gives parts of it. It is a few MB at most; who has not so much
+ * left is ended. */
 typedef struct { char *at, *end, *next; } room;
 static __thread room own_room;
 
