@@ -17,6 +17,8 @@ T5_SMALL = {
 }  # fmt: skip
 T5_FIRST_WORD, T5_END = 3, 1
 
+# Their own start is noise; this one changes nothing at first, as ours.
+FROM_NOTHING = {"init_weights": "mam_adapter"}
 ADAPTERS = (
     "`adapters` 1.3.0 asks for transformers 4.57 (~=4.57.6), which cannot stand beside transformers 5: it runs in an "
     "environment of its own, whose Python --adapters-python names; without it Luthier runs alone"
@@ -25,13 +27,13 @@ ADAPTERS = (
 
 @dataclass(frozen=True)
 class Job:
-    """One row of the comparison. `peft` is PEFT's class and its settings, None for full fine-tuning; `adapters` a class of theirs."""
+    """One row of the comparison. `peft` is PEFT's class and its settings, None for full fine-tuning; `adapters` a class of theirs and its."""
 
     ours: dict[str, Any]
     rate: float
     peers: tuple[str, ...]
     peft: tuple[str, dict[str, Any]] | None = None
-    adapters: str | None = None
+    adapters: tuple[str, dict[str, Any]] | None = None
     t5: bool = False
     quantize: bool = False
     note: str = ""
@@ -59,10 +61,10 @@ JOBS: dict[str, Job] = {
         {"method": "selective", "targets": "layernorm"}, 2e-3, ("trainer",), ("LNTuningConfig", {"target_modules": NORMS}),
     ),
     "bottleneck_pfeiffer": Job(
-        {"method": "bottleneck", "placement": "pfeiffer"}, 1e-3, ("adapters",), adapters="SeqBnConfig", note=ADAPTERS
+        {"method": "bottleneck", "placement": "pfeiffer"}, 1e-3, ("adapters",), adapters=("SeqBnConfig", FROM_NOTHING), note=ADAPTERS
     ),
     "bottleneck_houlsby": Job(
-        {"method": "bottleneck", "placement": "houlsby"}, 1e-3, ("adapters",), adapters="DoubleSeqBnConfig", note=ADAPTERS
+        {"method": "bottleneck", "placement": "houlsby"}, 1e-3, ("adapters",), adapters=("DoubleSeqBnConfig", FROM_NOTHING), note=ADAPTERS
     ),
     "full": Job(
         {"method": "full"}, 5e-5, ("trainer", "masters"),

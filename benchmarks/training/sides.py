@@ -212,14 +212,16 @@ def adapters(work: Work) -> Measured:
     dtype = getattr(torch, work.dtype)
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype=dtype)
     library.init(model)
-    model.add_adapter("t", config=getattr(library, work.job.adapters or "")())
+    assert work.job.adapters is not None
+    name, told = work.job.adapters
+    model.add_adapter("t", config=getattr(library, name)(**told))
     model.train_adapter("t")
     model.adapter_to("t", dtype=dtype)
     settings = arguments(work)
     settings["group_by_length"] = settings.pop("train_sampling_strategy") == "group_by_length"
     rows = [{"input_ids": r.prompt + r.target, "labels": [-100] * len(r.prompt) + r.target} for r in work.training]
-    told = TrainingArguments(**settings, remove_unused_columns=False)
-    made = InTurn(model=model, args=told, train_dataset=rows, data_collator=padded)
+    given = TrainingArguments(**settings, remove_unused_columns=False)
+    made = InTurn(model=model, args=given, train_dataset=rows, data_collator=padded)
     return timed(made, model, work)
 
 

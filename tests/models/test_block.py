@@ -26,6 +26,9 @@ METHODS_HERE = {
     "some weights": {"method": "selective", "targets": ["*k_proj.weight", "*down_proj.weight"]},
     "full": {"method": "full"},
     "prompt": {"method": "prompt_tuning", "length": 3},
+    "ia3": {"method": "ia3"},
+    "behind attention and MLP": {"method": "bottleneck", "placement": "houlsby", "reduction": 4, "activation": "silu"},
+    "behind the MLP": {"method": "bottleneck", "activation": "gelu", "reduction": 4},
 }
 # T5's linears are named otherwise.
 NAMES_IN_T5 = {"v_proj": "v", "up_proj": "wo", "*k_proj.weight": "*.k.weight", "*down_proj.weight": "*.wo.weight"}
@@ -180,8 +183,7 @@ def test_checkpointed_it_gives_the_same_bits(passes, monkeypatch) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "ia3"},
-        {"method": "bottleneck"},
+        {"method": "bottleneck", "placement": "parallel"},
         {"method": "lora", "dora": True},
         {"method": "lora", "dropout": 0.1},
         {"method": "prefix_tuning", "length": 3},

@@ -10,7 +10,7 @@ a fresh one changes nothing.
     down_proj: Linear   ->   down_proj: Grafted(base=Linear, deltas={name: Adapter(W_down, W_up)})
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,14 +21,24 @@ from torch import Tensor, nn
 from luthier.errors import UserError
 from luthier.models.base import BaseModel
 from luthier.models.grafted import Delta
+from luthier.models.matmul import gradient, product
 from luthier.models.parts import layout, matching
+from luthier.models.products import Plain, Product, plain
 from luthier.tuning.method import Defaults, Law, Laws, Method
 
+aten = torch.ops.aten
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "silu": F.silu,
     "tanh": torch.tanh,
+}
+# The gradient of an activation's input, from that of its output.
+_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda upstream, h: aten.threshold_backward(upstream, h, 0),
+    "gelu": lambda upstream, h: aten.gelu_backward(upstream, h),
+    "silu": lambda upstream, h: aten.silu_backward(upstream, h),
+    "tanh": lambda upstream, h: aten.tanh_backward(upstream, torch.tanh(h)),
 }
 
 
@@ -42,15 +52,59 @@ class Adapter(Delta):
         nn.init.normal_(self.adapter_down.weight, std=width**-0.5, generator=generator)
         for zero in (self.adapter_down.bias, self.adapter_up.weight, self.adapter_up.bias):
             nn.init.zeros_(zero)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
         self.parallel = parallel
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x: (..., in), y: (..., D), the base's output for x."""
         h = x if self.parallel else y
         down, up = self.adapter_down, self.adapter_up
-        inner = self.activation(F.linear(h, down.weight.to(h.dtype), down.bias.to(h.dtype)))
+        inner = ACTIVATIONS[self.activation](F.linear(h, down.weight.to(h.dtype), down.bias.to(h.dtype)))
         return y + F.linear(inner, up.weight.to(h.dtype), up.bias.to(h.dtype))
+
+    def as_product(self, base: nn.Module) -> Product | None:
+        """The frozen linear and the network behind it together."""
+        linear = plain(base)
+        return None if self.parallel or linear is None or linear.trained else _Behind(linear, self)
+
+
+class _Behind(Product):
+    """y + W_up f(W_down y + b_down) + b_up for a frozen linear's y, which is kept, as is what f is applied to."""
+
+    def __init__(self, linear: Plain, adapter: Adapter):
+        self.linear, self.width, self.activation = linear, linear.width, adapter.activation
+        down, up = adapter.adapter_down, adapter.adapter_up
+        self.trained = down.weight, down.bias, up.weight, up.bias
+
+    def forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        """x: (T, in), out: (T, D)."""
+        down, down_bias, up, up_bias = (one.to(x.dtype) for one in self.trained)
+        self.linear.forward(x, y := torch.empty_like(out))
+        product(y, down.T, h := y.new_empty(len(y), len(down)), down_bias)
+        product(ACTIVATIONS[self.activation](h), up.T, out.copy_(y), up_bias, add=True)
+        return y, h, down, up
+
+    def backward_input(
+        self, upstream: Tensor, kept: Sequence[Tensor], into: Tensor | None, add: bool = False
+    ) -> tuple[Tensor, ...]:
+        """upstream: (T, D), into: (T, in)."""
+        _, h, down, up = kept
+        product(upstream, up, into_inner := torch.empty_like(h))
+        into_h = _BACKWARD[self.activation](into_inner, h)
+        if into is not None:
+            product(into_h, down, into_y := upstream.clone(), add=True)
+            self.linear.backward_input(into_y, (), into, add)
+        return (into_h,)
+
+    def backward_weights(
+        self, upstream: Tensor, x: Tensor, kept: Sequence[Tensor], passed: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """upstream: (T, D)."""
+        y, h, *_ = kept
+        (into_h,) = passed
+        down = gradient(into_h, y), into_h.sum(0)
+        up = gradient(upstream, ACTIVATIONS[self.activation](h)), upstream.sum(0)
+        return [found.to(one.dtype) for one, found in zip(self.trained, (*down, *up), strict=True)]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ scaled: scaling queries adds nothing to scaling keys, because only their product
     down_proj: Linear   ->   down_proj: Grafted(base=Linear, deltas={name: ScaledInput(l)})
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier.models.base import BaseModel
 from luthier.models.grafted import Delta
 from luthier.models.parts import layout
+from luthier.models.products import Plain, Product, plain
 from luthier.tuning import peft
 from luthier.tuning.low_rank import features
 from luthier.tuning.method import Defaults, Law, Laws, Method
@@ -37,6 +38,11 @@ class ScaledOutput(Delta):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x: (..., in), y: (..., out), the base's output for x."""
         return y * self.ia3_l.to(y.dtype)
+
+    def as_product(self, base: nn.Module) -> Product | None:
+        """The frozen linear and its factors together."""
+        linear = plain(base)
+        return None if linear is None or linear.trained else _ScaledOutput(linear, self.ia3_l)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """l W and l b: rows of W are outputs."""
@@ -60,9 +66,75 @@ class ScaledInput(Delta):
         """y: (..., out), the base's output for the scaled input."""
         return y
 
+    def as_product(self, base: nn.Module) -> Product | None:
+        """The factors and the frozen linear together."""
+        linear = plain(base)
+        return None if linear is None or linear.trained else _ScaledInput(linear, self.ia3_l)
+
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """W with its columns, which are inputs, scaled."""
         return weight * self.ia3_l, bias
+
+
+class _ScaledOutput(Product):
+    """y * l for a frozen linear; y is kept."""
+
+    def __init__(self, linear: Plain, factors: Parameter):
+        self.linear, self.width, self.trained = linear, linear.width, (factors,)
+
+    def forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        """x: (T, in), out: (T, out)."""
+        factors = self.trained[0].to(x.dtype)
+        self.linear.forward(x, y := torch.empty_like(out))
+        torch.mul(y, factors, out=out)
+        return y, factors
+
+    def backward_input(
+        self, upstream: Tensor, kept: Sequence[Tensor], into: Tensor | None, add: bool = False
+    ) -> tuple[Tensor, ...]:
+        """upstream: (T, out), into: (T, in)."""
+        if into is not None:
+            self.linear.backward_input(upstream * kept[1], (), into, add)
+        return ()
+
+    def backward_weights(
+        self, upstream: Tensor, x: Tensor, kept: Sequence[Tensor], passed: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """upstream: (T, out)."""
+        return [(upstream * kept[0]).sum(0, dtype=torch.float32).to(self.trained[0].dtype)]
+
+
+class _ScaledInput(Product):
+    """W (x * l) + b for a frozen linear."""
+
+    reads = True
+
+    def __init__(self, linear: Plain, factors: Parameter):
+        self.linear, self.width, self.trained = linear, linear.width, (factors,)
+
+    def forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        """x: (T, in), out: (T, out)."""
+        factors = self.trained[0].to(x.dtype)
+        self.linear.forward(x * factors, out)
+        return (factors,)
+
+    def backward_input(
+        self, upstream: Tensor, kept: Sequence[Tensor], into: Tensor | None, add: bool = False
+    ) -> tuple[Tensor, ...]:
+        """upstream: (T, out), into: (T, in)."""
+        into_scaled = upstream.new_empty(len(upstream), len(self.trained[0]))
+        self.linear.backward_input(upstream, (), into_scaled)
+        if into is not None and add:
+            into.addcmul_(into_scaled, kept[0])
+        elif into is not None:
+            torch.mul(into_scaled, kept[0], out=into)
+        return (into_scaled,)
+
+    def backward_weights(
+        self, upstream: Tensor, x: Tensor, kept: Sequence[Tensor], passed: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """x: (T, in)."""
+        return [(passed[0] * x).sum(0, dtype=torch.float32).to(self.trained[0].dtype)]
 
 
 @dataclass(frozen=True)
