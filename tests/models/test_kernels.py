@@ -16,7 +16,7 @@ from luthier.models import matmul
 from luthier.models.activations import _WRITTEN_OUT
 from luthier.models.attended import attend
 from luthier.models.kernels import library
-from luthier.models.kernels.calls import Kernels
+from luthier.models.kernels.calls import Kernels, kernels_for, why_none
 from luthier.models.kernels.fused import Fused
 from luthier.models.loss import _cross_entropy
 from luthier.models.norms import norm_backward, norm_forward, norm_weight_backward
@@ -327,6 +327,20 @@ def test_where_they_cannot_be_built_it_says_why(tmp_path: Path) -> None:
     assert missing == "there is no C compiler"
     assert off == "LUTHIER_KERNELS is 0"
     assert unwritable.startswith("building them failed (The cache")
+
+
+@built
+def test_a_library_that_another_user_left_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(FOUND._name)
+    assert library.load(path)
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    with pytest.raises(OSError, match="belongs to another user"):
+        library.load(path)
+
+
+def test_only_what_they_are_for_is_said_to_lack_them(by_pytorch) -> None:
+    assert why_none(numbers(2)) == "switched off" and kernels_for(numbers(2)) is None
+    assert why_none(torch.zeros(2)) is None and kernels_for(torch.zeros(2)) is None
 
 
 @built

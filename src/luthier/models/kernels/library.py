@@ -106,7 +106,9 @@ def has_matrix_units() -> bool:
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """A built library; raises OSError where it cannot be loaded and AttributeError where it is another one."""
+    """A built library; raises OSError where it cannot be loaded, or another user put it there, AttributeError where it is another one."""
+    if path.stat().st_uid != os.geteuid():
+        raise OSError(f"{path} belongs to another user")
     found = ctypes.CDLL(str(path))
     for name, arguments in ARGUMENTS.items():
         getattr(found, name).argtypes = arguments
