@@ -40,8 +40,7 @@ PRODUCTS = {
 
 # The kernels that are products, which PyTorch does not see; (m, k, n) of the plain ones.
 KERNELS: dict[str, Any] = {
-    "product": lambda x, w, *_: (x.shape[0], x.shape[1], w.shape[1]),
-    "product_of_4_bits": lambda x, w, bias, thin, out, *_: (x.shape[0], x.shape[1], out.shape[1]),
+    "product": lambda x, w, *_: (*x.shape, w.shape[1]),
     "gradient": lambda g, x: (g.shape[1], len(g), x.shape[1]),
     "narrow": lambda x, w: (len(x), x.shape[1], len(w)),
     "widen": lambda low, w, y: (len(y), len(w), y.shape[1]),

@@ -6,7 +6,7 @@ tensor of the whole size. How it runs says an `Attended`: `written_out.py`, or o
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,20 +30,21 @@ class Attended(ABC):
         """Write the attention into `out` (1, T, H, d); returns what `backward` needs. `room` is (`kept_size`,)."""
 
     @abstractmethod
-    def backward(
-        self,
-        upstream: Tensor,
-        heads: Heads,
-        out: Tensor,
-        kept: list[Tensor | None],
-        into: Heads,
-        into_bias: Tensor | None,
-        scratch: Scratch,
-    ) -> None:
-        """Write the gradients of the heads into `into`, of which those of keys and values hold zeros, from that of the output `out`.
+    def backward(self, back: "WayBack", scratch: Scratch) -> None:
+        """Write the gradients of the heads, and add that of the bias, of all rows."""
 
-        What is added to the gradient of the bias, `into_bias`, where it is wanted, is that of all rows.
-        """
+
+class WayBack(NamedTuple):
+    """What attention's gradient is made of, and where it goes: those of keys and values begin with zeros, that of the bias is there
+    where it is wanted, (H, longest, longest) in fp32.
+    """
+
+    upstream: Tensor  # the gradient of the output, (1, T, H, d)
+    heads: Heads
+    out: Tensor
+    kept: list[Tensor | None]
+    into: Heads
+    into_bias: Tensor | None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, attended: Attended, bias: Tensor | None = None) -> Tensor:
@@ -70,7 +71,7 @@ class _Attend(torch.autograd.Function):
         query, key, value, bias, out, *kept = ctx.saved_tensors
         into = _like(query), _like(key).zero_(), _like(value).zero_()
         into_bias = new_into_bias(bias) if ctx.needs_input_grad[3] else None
-        ctx.attended.backward(outputs[0], (query, key, value), out, kept, into, into_bias, Scratch())
+        ctx.attended.backward(WayBack(outputs[0], (query, key, value), out, kept, into, into_bias), Scratch())
         return *into, None if into_bias is None else into_bias.to(bias.dtype), None
 
 

@@ -20,12 +20,22 @@ def by_kernels(x: Tensor) -> bool:
 
 
 def product(
-    x: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None, thin: Thin | None = None, add: bool = False
+    x: Tensor,
+    w: Tensor | FourBits,
+    out: Tensor,
+    bias: Tensor | None = None,
+    thin: Thin | None = None,
+    add: bool = False,
 ) -> None:
-    """x W + bias + low thin into `out`, or added to what is there: (T, n), (n, m), (m,), (T, r), (r, m) into (T, m)."""
+    """x W + bias + low thin into `out`, or added to what is there: (T, n), (n, m), (m,), (T, r), (r, m) into (T, m).
+
+    A weight in 4 bits is for those whom `by_kernels` says yes to.
+    """
     if kernels := _for_product(x, w, out, bias):
         kernels.product(x, w, bias, beside := _beside(thin, out), out, add)
         thin = thin if beside is None else None
+    elif isinstance(w, FourBits):
+        raise ValueError("PyTorch has no product with a weight in 4 bits of bfloat16 on a CPU")
     elif add:
         out.addmm_(x, w)
         if bias is not None:
@@ -35,17 +45,6 @@ def product(
     else:
         torch.addmm(bias, x, w, out=out)
     if thin is not None:
-        widen(*thin, out)
-
-
-def product_of_4_bits(
-    x: Tensor, w: FourBits, out: Tensor, bias: Tensor | None = None, thin: Thin | None = None, add: bool = False
-) -> None:
-    """As `product`, with a weight that the kernels unpack themselves: where `by_kernels(x)`."""
-    kernels = _for_rows(x)
-    assert kernels is not None
-    kernels.product_of_4_bits(x.contiguous(), w, bias, beside := _beside(thin, out), out, add)
-    if thin is not None and beside is None:
         widen(*thin, out)
 
 
@@ -83,16 +82,17 @@ def _for_rows(x: Tensor) -> Kernels | None:
     return None if has_matrix_units() else kernels_for(x)
 
 
-def _for_product(x: Tensor, w: Tensor, out: Tensor, bias: Tensor | None) -> Kernels | None:
+def _for_product(x: Tensor, w: Tensor | FourBits, out: Tensor, bias: Tensor | None) -> Kernels | None:
     """The kernels, where such a product can be theirs; PyTorch says what is wrong with shapes that do not fit."""
-    others = [w, out] if bias is None else [w, out, bias]
+    dense = None if isinstance(w, FourBits) else w
+    others = [one for one in (out, dense, bias) if one is not None]
     if any(one.dtype != x.dtype or type(one) not in (Tensor, torch.nn.Parameter) for one in others):
         return None
-    if x.shape[1] != len(w) or out.shape != (len(x), w.shape[1]) or (bias is not None and bias.shape != w.shape[1:]):
+    n, m = w.shape
+    if n % 2 or x.shape[1] != n or out.shape != (len(x), m) or (bias is not None and bias.shape != (m,)):
         return None
-    if len(w) % 2 or not (x.is_contiguous() and out.is_contiguous() and (w.is_contiguous() or w.T.is_contiguous())):
-        return None
-    return _for_rows(x)
+    by_columns_or_rows = dense is None or dense.is_contiguous() or dense.T.is_contiguous()
+    return _for_rows(x) if by_columns_or_rows and x.is_contiguous() and out.is_contiguous() else None
 
 
 def _beside(thin: Thin | None, out: Tensor) -> Thin | None:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from luthier.models.dense import product_weight
-from luthier.models.matmul import Thin, by_kernels, gradient, product, product_of_4_bits
+from luthier.models.matmul import Thin, by_kernels, gradient, product
 from luthier.models.quantize import QuantizedLinear
 
 LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
@@ -87,12 +87,12 @@ class Plain(Product):
         self, x: Tensor, forward: bool, out: Tensor, bias: Tensor | None, thin: Thin | None, add: bool = False
     ) -> None:
         """x W^T + bias, or x W."""
-        alike = self.packed and by_kernels(x) and (bias is None or bias.dtype == x.dtype)
-        if alike and (few := self.module.four_bits(forward, x.dtype)) is not None:  # type: ignore[operator]
-            product_of_4_bits(x, few, out, bias, thin, add)
-        else:
-            weight = product_weight(self.module, x.dtype)
-            product(x, weight.T if forward else weight, out, bias, thin, add)
+        alike = x.is_contiguous() and (bias is None or bias.dtype == x.dtype)
+        weight = self.module.four_bits(forward, x.dtype) if self.packed and alike and by_kernels(x) else None  # type: ignore[operator]
+        if weight is None:
+            dense = product_weight(self.module, x.dtype)
+            weight = dense.T if forward else dense
+        product(x, weight, out, bias, thin, add)
 
     def backward_weights(
         self, upstream: Tensor, x: Tensor, kept: Sequence[Tensor], passed: Sequence[Tensor]

@@ -83,7 +83,8 @@ class QuantizedLinear(nn.Linear):
         scale = state.absmax
         if state.nested:
             scale = _functional().dequantize_blockwise(scale, state.state2) + state.offset
-        return FourBits(self.packed, scale.float(), state.code, by_rows)
+        shape = (self.in_features, self.out_features) if by_rows else (self.out_features, self.in_features)
+        return FourBits(self.packed, scale.float(), state.code, by_rows, shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         # The stand-in stays on the meta device, which has nothing to move.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from luthier.models.activations import Activation
-from luthier.models.attended import Attended, new_into_bias
+from luthier.models.attended import Attended, WayBack, new_into_bias
 from luthier.models.norms import norm_again, norm_backward, norm_forward, norm_weight_backward
 from luthier.models.products import Product
 from luthier.models.rotary import rotate
@@ -129,7 +129,7 @@ class Attention(Sublayer):
             one.zero_()
         into_bias = new_into_bias(self.bias) if self.bias is not None and self.wants[0] else None
         given = self._by_token(into_mixed), self._three((q, k, v)), self._by_token(mixed), weights, self._three(into)
-        self.attended.backward(*given, into_bias, self.scratch)
+        self.attended.backward(WayBack(*given, into_bias), self.scratch)
         into_q, into_k = self._turned_back(into[0], "straight"), self._turned_back(into[1], "straight too")
 
         n = self._normed_again(x, scale, [query] if encoded is not None else [query, key, value])

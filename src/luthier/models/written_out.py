@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from luthier.models.attended import Attended, Heads
+from luthier.models.attended import Attended, Heads, WayBack
 from luthier.models.packing import Piece, tokens_in
 from luthier.models.scratch import Scratch
 
@@ -57,22 +57,13 @@ class WrittenOut(Attended):
             kept.append(place)
         return kept
 
-    def backward(
-        self,
-        upstream: Tensor,
-        heads: Heads,
-        out: Tensor,
-        kept: list[Tensor | None],
-        into: Heads,
-        into_bias: Tensor | None,
-        scratch: Scratch,
-    ) -> None:
+    def backward(self, back: WayBack, scratch: Scratch) -> None:
         """Adds up the gradients of keys and values, piece by piece."""
-        upstream = upstream.transpose(1, 2)  # (1, H, T, d)
-        query, key, value = heads
-        into_query, into_key, into_value = into
+        upstream = back.upstream.transpose(1, 2)  # (1, H, T, d)
+        query, key, value = back.heads
+        into_query, into_key, into_value = back.into
         groups, scale = key.shape[1], self.scale
-        for piece, weights, mask in zip(self.pieces, kept, self.masks, strict=True):
+        for piece, weights, mask in zip(self.pieces, back.kept, self.masks, strict=True):
             own, seen = _queries(upstream, piece, groups, scratch, "upstream"), _copy(key, piece.keys, scratch, "key")
             scaled = _queries(query, piece, groups, scratch, "query", scale)
             if weights is None:
@@ -81,9 +72,9 @@ class WrittenOut(Attended):
             into_weights = _product(own, _copy(value, piece.keys, scratch, "value").transpose(1, 2), scratch, "scores")
             into_scores = scratch.take("into scores", weights.shape, weights)
             torch.ops.aten._softmax_backward_data.out(into_weights, weights, -1, weights.dtype, grad_input=into_scores)
-            if into_bias is not None:
+            if back.into_bias is not None:
                 by_head = into_scores.view(query.shape[1], -1, into_scores.shape[2])
-                into_bias[:, : by_head.shape[1], : by_head.shape[2]] += by_head
+                back.into_bias[:, : by_head.shape[1], : by_head.shape[2]] += by_head
             found = _by_head(_product(into_scores, seen, scratch, "found"), piece, query)
             if scale == 1:
                 into_query[0, :, piece.own] = found

@@ -55,32 +55,6 @@ static const bf16 **rows_of(heads from, long head, const int64_t *run, long runs
     return into;
 }
 
-/* Rows as words of two neighbours of a row, by lanes of rows: (width / 2, places). */
-static void pack_across(const bf16 **rows, long count, long width, long places, pair *into) {
-    for (long row = 0; row < places; row += LANES)
-        for (long k = 0; k < width / 2; k += LANES) {
-            __m512i words[LANES];
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++)
-                words[i] = row + i < count ? _mm512_maskz_loadu_epi32(first(width / 2 - k), (const pair *)rows[row + i] + k)
-                                           : _mm512_setzero_si512();
-            transpose(words);
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++)
-                if (k + i < width / 2) _mm512_store_si512(into + (k + i) * places + row, words[i]);
-        }
-}
-
-/* Rows as words of one column of two neighbouring rows: (places / 2, across). */
-static void pack_along(const bf16 **rows, long count, long width, long places, long across, pair *into) {
-    for (long row = 0; row < places; row += 2)
-        for (long c = 0; c < across; c += LANES) {
-            __m512i words = _mm512_setzero_si512();
-            if (row < count) words = two_rows(rows[row] + c, row + 1 < count ? rows[row + 1] + c : NULL, first(width - c));
-            _mm512_store_si512(into + row / 2 * across + c, words);
-        }
-}
-
 /* The keys that query i of a piece sees: from `*low` on, before what is returned. */
 INLINE long sight(const how *h, const piece *p, long i, long *low) {
     long high = h->causal ? p->seen - p->length + i + 1 : p->seen;

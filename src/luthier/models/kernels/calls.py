@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from luthier.models.kernels.library import Heads, How, PlanOf, WayBack, library
+from luthier.models.kernels.library import BackwardOf, Heads, How, PlanOf, library
 from luthier.models.packing import Plan
 from luthier.models.where import kind_of
 
@@ -24,6 +24,7 @@ class FourBits(NamedTuple):
     scale: Tensor
     code: Tensor
     by_rows: bool
+    shape: tuple[int, int]  # as it is asked of
 
 
 # Who wants to know of the work of calls, which PyTorch does not see: operations in products, and bytes read and written.
@@ -55,29 +56,30 @@ class Kernels:
         self.library = found
 
     def product(
-        self, x: Tensor, w: Tensor, bias: Tensor | None, thin: tuple[Tensor, Tensor] | None, out: Tensor, add: bool
+        self,
+        x: Tensor,
+        w: Tensor | FourBits,
+        bias: Tensor | None,
+        thin: tuple[Tensor, Tensor] | None,
+        out: Tensor,
+        add: bool,
     ) -> None:
         """x W + bias + low thin, + what is in `out` if `add`: (T, n), (n, m), (m,), (T, r), (r, m) into (T, m).
 
         W may stand by rows or by columns; n and r are even.
         """
-        by_rows = not w.is_contiguous()
+        weight: tuple[Tensor | None, ...]
+        if isinstance(w, FourBits):
+            by_rows, weight = w.by_rows, (None, w.packed, w.scale, w.code)
+        else:
+            by_rows = not w.is_contiguous()
+            weight = w.T if by_rows else w, None, None, None
         low, matrix = thin or (None, None)
-        tensors = x, w.T if by_rows else w, bias, low, matrix, out
         rank = 0 if low is None else low.shape[1]
+        sizes = (*x.shape, out.shape[1], rank, by_rows, add)
         self._call(
-            "luthier_product", tensors, (*x.shape, w.shape[1], rank, by_rows, add), 2 * out.numel() * (len(w) + rank)
+            "luthier_product", (x, *weight, bias, low, matrix, out), sizes, 2 * out.numel() * (x.shape[1] + rank)
         )
-
-    def product_of_4_bits(
-        self, x: Tensor, w: FourBits, bias: Tensor | None, thin: tuple[Tensor, Tensor] | None, out: Tensor, add: bool
-    ) -> None:
-        """As `product`, with a weight in 4 bits."""
-        low, matrix = thin or (None, None)
-        tensors = x, w.packed, w.scale, w.code, bias, low, matrix, out
-        rank = 0 if low is None else low.shape[1]
-        sizes = (*x.shape, out.shape[1], rank, w.by_rows, add)
-        self._call("luthier_product_of_4_bits", tensors, sizes, 2 * out.numel() * (x.shape[1] + rank))
 
     def gradient(self, g: Tensor, x: Tensor) -> Tensor:
         """g^T x: (T, m), (T, n) to (m, n)."""
@@ -154,7 +156,7 @@ class Kernels:
         places = plan.rows * how.key_heads * 2 * -(-how.width // 16) * 16
         sums = lse.new_empty(places) if places else None
         if not _counted(lse, tensors, work):
-            way_back = WayBack(
+            way_back = BackwardOf(
                 *(_heads(one) for one in tensors), *map(_address, (lse, into_bias, sums)), lse.shape[1], plan.rows
             )
             self.library.luthier_attend_backward(_plan(plan), ctypes.byref(how), ctypes.byref(way_back))

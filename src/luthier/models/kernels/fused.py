@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from luthier.models.attended import Attended, Heads
+from luthier.models.attended import Attended, Heads, WayBack
 from luthier.models.kernels.calls import Kernels, kernels_for
 from luthier.models.kernels.library import How
 from luthier.models.packing import Piece, Plan
@@ -42,22 +42,13 @@ class Fused(Attended):
         self._kernels(q).attend(self.plan, self._how(q, k), (q, k, v), out[0], lse, 2 * self._work(q))
         return [lse]
 
-    def backward(
-        self,
-        upstream: Tensor,
-        heads: Heads,
-        out: Tensor,
-        kept: list[Tensor | None],
-        into: Heads,
-        into_bias: Tensor | None,
-        scratch: Scratch,
-    ) -> None:
+    def backward(self, back: WayBack, scratch: Scratch) -> None:
         """Writes all gradients; keys that nobody sees keep the zeros."""
-        q, k, v = (_by_token(one) for one in heads)
-        (lse,) = kept
+        q, k, v = (_by_token(one) for one in back.heads)
+        (lse,) = back.kept
         assert lse is not None
-        asked = (q, k, v, out[0], _dense(upstream[0]), *(one[0].transpose(0, 1) for one in into))
-        self._kernels(q).attend_backward(self.plan, self._how(q, k), asked, lse, into_bias, 5 * self._work(q))
+        tensors = (q, k, v, back.out[0], _dense(back.upstream[0]), *(one[0].transpose(0, 1) for one in back.into))
+        self._kernels(q).attend_backward(self.plan, self._how(q, k), tensors, lse, back.into_bias, 5 * self._work(q))
 
     def _how(self, q: Tensor, k: Tensor) -> How:
         row, address = (0, None) if self.bias is None else (self.bias.shape[1], self.bias.data_ptr())

@@ -55,7 +55,7 @@ class How(ctypes.Structure):
     )
 
 
-class WayBack(ctypes.Structure):
+class BackwardOf(ctypes.Structure):
     """What attention's gradient reads and writes, as `attention.c` says."""
 
     _fields_ = (
@@ -65,11 +65,10 @@ class WayBack(ctypes.Structure):
 
 
 ARGUMENTS = {
-    "luthier_product": (PLACE, PLACE, PLACE, PLACE, PLACE, PLACE, LONG, LONG, LONG, LONG, INT, INT),
-    "luthier_product_of_4_bits": (*8 * (PLACE,), *4 * (LONG,), INT, INT),
+    "luthier_product": (*9 * (PLACE,), *4 * (LONG,), INT, INT),
     "luthier_gradient": (PLACE, PLACE, PLACE, PLACE, LONG, LONG, LONG),
     "luthier_attend": (ctypes.POINTER(PlanOf), ctypes.POINTER(How), Heads, Heads, Heads, Heads, PLACE, LONG),
-    "luthier_attend_backward": (ctypes.POINTER(PlanOf), ctypes.POINTER(How), ctypes.POINTER(WayBack)),
+    "luthier_attend_backward": (ctypes.POINTER(PlanOf), ctypes.POINTER(How), ctypes.POINTER(BackwardOf)),
     "luthier_narrow": (PLACE, PLACE, PLACE, LONG, LONG, LONG),
     "luthier_widen": (PLACE, PLACE, PLACE, LONG, LONG, LONG),
     "luthier_outer": (PLACE, PLACE, PLACE, LONG, LONG, LONG),
@@ -88,7 +87,7 @@ def library() -> ctypes.CDLL | str:
     """The kernels, built where they are not yet; or why there are none."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH} is 0"
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not _has("avx512_bf16"):
         return "the processor has no AVX-512 with bfloat16"
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "cc"))), None)
     if compiler is None:
@@ -102,7 +101,13 @@ def library() -> ctypes.CDLL | str:
 @cache
 def has_matrix_units() -> bool:
     """Whether the processor has units for products (AMX): PyTorch's products use them, the kernels do not."""
-    return bool(torch.cpu._is_amx_tile_supported())
+    return _has("amx_tile")
+
+
+def _has(instructions: str) -> bool:
+    """Whether the processor has these, as far as this PyTorch knows."""
+    asked = getattr(torch.cpu, f"_is_{instructions}_supported", None)
+    return asked is not None and bool(asked())
 
 
 def load(path: Path) -> ctypes.CDLL:

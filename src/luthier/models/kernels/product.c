@@ -198,18 +198,10 @@ static void multiply(left_side x, const right_side *w, bf16 *y, long rows) {
 }
 
 /* y (rows, columns) = x (rows, n) W, W's columns being its rows where `by_rows`; + bias; + low (rows, r) thin (r, columns); + y where `add`. n and r are
- * even. */
-void luthier_product(const bf16 *x, const bf16 *w, const bf16 *bias, const bf16 *low, const bf16 *thin, bf16 *y, long rows, long n,
-                     long columns, long r, int by_rows, int add) {
-    const right_side matrix = {w, bias, low, thin, {NULL, NULL, NULL}, n, columns, r, by_rows, add};
-#pragma omp parallel
-    multiply((left_side){(const pair *)x, n / 2, 1, ROWS * (n / 2)}, &matrix, y, rows);
-}
-
-/* The same with a weight in 4 bits. */
-void luthier_product_of_4_bits(const bf16 *x, const uint8_t *packed, const float *scale, const float *code, const bf16 *bias, const bf16 *low,
-                               const bf16 *thin, bf16 *y, long rows, long n, long columns, long r, int by_rows, int add) {
-    const right_side matrix = {NULL, bias, low, thin, {packed, scale, code}, n, columns, r, by_rows, add};
+ * even. W is `w`, or in 4 bits `packed` with `scale` and `code`. */
+void luthier_product(const bf16 *x, const bf16 *w, const uint8_t *packed, const float *scale, const float *code, const bf16 *bias,
+                     const bf16 *low, const bf16 *thin, bf16 *y, long rows, long n, long columns, long r, int by_rows, int add) {
+    const right_side matrix = {w, bias, low, thin, {packed, scale, code}, n, columns, r, by_rows, add};
 #pragma omp parallel
     multiply((left_side){(const pair *)x, n / 2, 1, ROWS * (n / 2)}, &matrix, y, rows);
 }

@@ -48,6 +48,12 @@ INLINE __m512 exp16(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
+/* The even and the odd quarters of two vectors. */
+INLINE void quarters(__m512i one, __m512i two, __m512i *even, __m512i *odd) {
+    *even = _mm512_shuffle_i32x4(one, two, 0x88);
+    *odd = _mm512_shuffle_i32x4(one, two, 0xdd);
+}
+
 /* Where 16 rows of 16 words stand, their transpose. */
 INLINE void transpose(__m512i r[16]) {
     __m512i t[16];
@@ -65,18 +71,37 @@ INLINE void transpose(__m512i r[16]) {
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+        quarters(r[i], r[i + 4], t + i, t + i + 4);
+        quarters(r[i + 8], r[i + 12], t + i + 8, t + i + 12);
+        quarters(t[i], t[i + 8], r + i, r + i + 8);
+        quarters(t[i + 4], t[i + 12], r + i + 4, r + i + 12);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
+}
+
+/* Rows as words of two neighbours of a row, by lanes of rows: (width / 2, places). */
+static void pack_across(const bf16 **rows, long count, long width, long places, pair *into) {
+    for (long row = 0; row < places; row += LANES)
+        for (long k = 0; k < width / 2; k += LANES) {
+            __m512i words[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++)
+                words[i] = row + i < count ? _mm512_maskz_loadu_epi32(first(width / 2 - k), (const pair *)rows[row + i] + k)
+                                           : _mm512_setzero_si512();
+            transpose(words);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++)
+                if (k + i < width / 2) _mm512_store_si512(into + (k + i) * places + row, words[i]);
+        }
+}
+
+/* Rows as words of one column of two neighbouring rows: (places / 2, across). */
+static void pack_along(const bf16 **rows, long count, long width, long places, long across, pair *into) {
+    for (long row = 0; row < places; row += 2)
+        for (long c = 0; c < across; c += LANES) {
+            __m512i words = _mm512_setzero_si512();
+            if (row < count) words = two_rows(rows[row] + c, row + 1 < count ? rows[row + 1] + c : NULL, first(width - c));
+            _mm512_store_si512(into + row / 2 * across + c, words);
+        }
 }
 
 /* C (rows x 16 columns) = or += A B over `pairs` of the summed dimension. A's word (i, k) stands at a[i * a_row + k * a_pair], B's (k, j) at
