@@ -1,10 +1,7 @@
-"""The kernels against the formulas in float64, and what happens where they cannot be built."""
+"""The kernels against the formulas in float64."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +39,20 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float(((found.double() - exact).abs() / allowed).max())
 
 
+@pytest.fixture(scope="module", params=["avx512", "amx"], autouse=True)
+def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All of it by the kernels of either set of instructions."""
+    if isinstance(FOUND, str):
+        yield
+        return
+    if request.param == "amx" and not library.has_units():
+        pytest.skip("the processor has no AMX")
+    found = library.load(library.built(os.environ.get("CC") or "gcc", request.param == "amx"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("luthier.models.kernels.calls.library", lambda: found)
+        yield
+
+
 @pytest.fixture
 def by_pytorch(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Nothing runs by the kernels."""
@@ -49,18 +60,11 @@ def by_pytorch(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-@pytest.fixture
-def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products run by the kernels on a processor with matrix units too."""
-    monkeypatch.setattr(matmul, "has_matrix_units", lambda: False)
-
-
 @built
-@pytest.mark.usefixtures("plain_products")
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 130),
-    inner=st.integers(1, 60).map(lambda half: 2 * half),
+    inner=st.integers(1, 200).map(lambda half: 2 * half),
     columns=st.integers(1, 150),
     rank=st.sampled_from([0, 1, 2, 3, 8, 18]),
     turned=st.booleans(),
@@ -82,7 +86,6 @@ def test_a_product_is_the_formula(rows, inner, columns, rank, turned, bias, add)
 
 
 @built
-@pytest.mark.usefixtures("plain_products")
 @pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize("inner", [2048, 2050, 6000])
 def test_a_deep_product_is_summed_in_parts(inner: int, turned: bool) -> None:
@@ -97,7 +100,6 @@ def test_a_deep_product_is_summed_in_parts(inner: int, turned: bool) -> None:
 
 
 @built
-@pytest.mark.usefixtures("plain_products")
 @pytest.mark.parametrize(("out", "inner"), [(2, 64), (70, 128), (192, 576), (6, 4160)])
 @pytest.mark.parametrize("double", [True, False])
 def test_a_weight_in_4_bits_is_multiplied_with_as_it_is_unpacked(
@@ -121,7 +123,6 @@ def test_a_weight_in_4_bits_is_multiplied_with_as_it_is_unpacked(
 
 
 @built
-@pytest.mark.usefixtures("plain_products")
 @settings(max_examples=40, deadline=None)
 @given(rows=st.integers(1, 130), m=st.integers(1, 120), n=st.integers(1, 120))
 def test_a_weights_gradient_is_the_formula(rows: int, m: int, n: int) -> None:
@@ -272,83 +273,30 @@ def on_threads() -> Iterator:
 
 
 @built
-@pytest.mark.usefixtures("plain_products")
-def test_no_bit_depends_on_the_number_of_threads(on_threads) -> None:
-    kernels = Kernels(FOUND)
-    x, w, thin, low, upstream = numbers(131, 90), numbers(90, 100), numbers(8, 100), numbers(131, 8), numbers(131, 100)
+@pytest.mark.parametrize("rows", [131, 1100])
+def test_no_bit_depends_on_the_number_of_threads(on_threads, rows: int) -> None:
+    x, w, thin, low, upstream = (
+        numbers(rows, 90),
+        numbers(90, 100),
+        numbers(8, 100),
+        numbers(rows, 8),
+        numbers(rows, 600),
+    )
+    kernels = kernels_for(x)
     pieces = Packing((40, 91), ((), (10, 35, 1))).pieces
     heads = [numbers(1, size, 131, 16) for size in (6, 2, 2)]
 
     def work() -> list[Tensor]:
-        matmul.product(x, w, out := torch.empty(131, 100).bfloat16(), None, (low, thin))
+        matmul.product(x, w, out := torch.empty(rows, 100).bfloat16(), None, (low, thin))
         inputs = [one.clone().requires_grad_() for one in heads]
         found = attend(*inputs, Fused(pieces, plan_of(pieces), 0.3, True))
         gradients = torch.autograd.grad(found, inputs, numbers(1, 131, 6, 16, seed=9))
         more = matmul.gradient(upstream, x), kernels.narrow(x, numbers(8, 90)), kernels.outer(low, x)
-        return [out, found.detach(), *gradients, *more, kernels.norm_weight(x, x, torch.ones(131, 1))]
+        return [out, found.detach(), *gradients, *more, kernels.norm_weight(x, x, torch.ones(rows, 1))]
 
     one, *others = (on_threads(threads, work) for threads in (1, 2, 3, 4))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-SAY = "from luthier.models.kernels.library import library; found = library(); print(found if isinstance(found, str) else 'built')"
-
-
-def asked(cache: Path, **environment: str) -> subprocess.Popen:
-    """What a process of its own says of the kernels."""
-    given_ = {**os.environ, "LUTHIER_CACHE": str(cache), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen([sys.executable, "-c", SAY], stdout=subprocess.PIPE, text=True, env=given_)
-
-
-def said(process: subprocess.Popen) -> str:
-    found = process.communicate(timeout=120)[0].strip()
-    assert process.returncode == 0
-    return found
-
-
-@built
-def test_where_they_cannot_be_built_it_says_why(tmp_path: Path) -> None:
-    broken = tmp_path / "cc"
-    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no such option" >&2\nexit 1\n')
-    broken.chmod(0o755)
-    empty = tmp_path / "nothing"
-    empty.mkdir()
-    file = tmp_path / "file"
-    file.write_text("")
-    asks = [
-        asked(tmp_path / "a", CC=str(broken)),
-        asked(tmp_path / "b", PATH=str(empty), CC=""),
-        asked(tmp_path / "c", LUTHIER_KERNELS="0"),
-        asked(file),
-    ]
-    failed, missing, off, unwritable = map(said, asks)
-    assert failed == "building them failed (no such option)"
-    assert missing == "there is no C compiler"
-    assert off == "LUTHIER_KERNELS is 0"
-    assert unwritable.startswith("building them failed (The cache")
-
-
-@built
-def test_a_library_that_another_user_left_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = Path(FOUND._name)
-    assert library.load(path)
-    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
-    with pytest.raises(OSError, match="belongs to another user"):
-        library.load(path)
-
-
-def test_only_what_they_are_for_is_said_to_lack_them(by_pytorch) -> None:
-    assert why_none(numbers(2)) == "switched off" and kernels_for(numbers(2)) is None
-    assert why_none(torch.zeros(2)) is None and kernels_for(torch.zeros(2)) is None
-
-
-@built
-def test_processes_that_build_them_at_once_all_have_them(tmp_path: Path) -> None:
-    asks = [asked(tmp_path / "cache") for _ in range(3)]
-    assert [said(one) for one in asks] == ["built"] * 3
-    folders = [one for one in (tmp_path / "cache" / "kernels").iterdir() if not one.name.startswith(".")]
-    assert len(folders) == 1 and (folders[0] / "kernels.so").is_file()
 
 
 @built
@@ -368,7 +316,6 @@ def test_the_loss_is_the_formula(size: int, smoothing: float) -> None:
 
 
 @built
-@pytest.mark.usefixtures("plain_products")
 def test_no_rows_are_no_numbers() -> None:
     out = torch.empty(0, 5).bfloat16()
     matmul.product(numbers(0, 6), numbers(6, 5), out)
@@ -379,7 +326,6 @@ def test_no_rows_are_no_numbers() -> None:
 
 
 @built
-@pytest.mark.usefixtures("plain_products")
 def test_shapes_that_do_not_fit_are_pytorchs_errors() -> None:
     x, out = numbers(4, 6), torch.empty(4, 5).bfloat16()
     for attempt in (
@@ -421,6 +367,11 @@ def test_a_gradient_of_any_layout_is_taken() -> None:
     exact = x.detach().double().requires_grad_()
     torch.nn.functional.linear(exact, linear.weight.double(), linear.bias.double()).clamp(-0.1, 0.1).sum().backward()
     assert error(x.grad, exact.grad) <= 0.05 / ROUNDING
+
+
+def test_only_what_they_are_for_is_said_to_lack_them(by_pytorch) -> None:
+    assert why_none(numbers(2)) == "switched off" and kernels_for(numbers(2)) is None
+    assert why_none(torch.zeros(2)) is None and kernels_for(torch.zeros(2)) is None
 
 
 def test_other_tensors_run_by_pytorch(by_pytorch) -> None:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from luthier.models.kernels.calls import FourBits, Kernels, kernels_for
-from luthier.models.kernels.library import has_matrix_units
 
 # What stands beside a linear: low and a thin matrix, whose product is added.
 Thin = tuple[Tensor, Tensor]
@@ -16,7 +15,7 @@ Thin = tuple[Tensor, Tensor]
 
 def by_kernels(x: Tensor) -> bool:
     """Whether products of tensors like this one run by the kernels, which make nothing anew for another number of rows."""
-    return _for_rows(x) is not None
+    return kernels_for(x) is not None
 
 
 def product(
@@ -50,8 +49,8 @@ def product(
 
 def gradient(g: Tensor, x: Tensor) -> Tensor:
     """g^T x, (m, n)."""
-    fits = len(g) == len(x) and g.dtype == x.dtype and g.is_contiguous() and x.is_contiguous()
-    kernels = _for_rows(x) if fits else None
+    fits = g.shape[0] == x.shape[0] and g.dtype == x.dtype and g.is_contiguous() and x.is_contiguous()
+    kernels = kernels_for(x) if fits else None
     return g.T @ x if kernels is None else kernels.gradient(g, x)
 
 
@@ -73,13 +72,9 @@ def widen(low: Tensor, w: Tensor, y: Tensor) -> None:
 
 def outer(low: Tensor, x: Tensor) -> Tensor:
     """low^T x, (r, n), in fp32 where the kernels compute it, else in the precision of x."""
-    fits = len(low) == len(x) and low.dtype == x.dtype and x.is_contiguous()
+    fits = low.shape[0] == x.shape[0] and low.dtype == x.dtype and x.is_contiguous()
     kernels = kernels_for(x) if fits else None
     return low.T @ x if kernels is None else kernels.outer(low.contiguous(), x)
-
-
-def _for_rows(x: Tensor) -> Kernels | None:
-    return None if has_matrix_units() else kernels_for(x)
 
 
 def _for_product(x: Tensor, w: Tensor | FourBits, out: Tensor, bias: Tensor | None) -> Kernels | None:
@@ -89,19 +84,19 @@ def _for_product(x: Tensor, w: Tensor | FourBits, out: Tensor, bias: Tensor | No
     if any(one.dtype != x.dtype or type(one) not in (Tensor, torch.nn.Parameter) for one in others):
         return None
     n, m = w.shape
-    if n % 2 or x.shape[1] != n or out.shape != (len(x), m) or (bias is not None and bias.shape != (m,)):
+    if n % 2 or x.shape[1] != n or out.shape != (x.shape[0], m) or (bias is not None and bias.shape != (m,)):
         return None
     by_columns_or_rows = dense is None or dense.is_contiguous() or dense.T.is_contiguous()
-    return _for_rows(x) if by_columns_or_rows and x.is_contiguous() and out.is_contiguous() else None
+    return kernels_for(x) if by_columns_or_rows and x.is_contiguous() and out.is_contiguous() else None
 
 
 def _beside(thin: Thin | None, out: Tensor) -> Thin | None:
     """What a product takes along: thin matrices of an even number of rows."""
-    return thin if thin is not None and len(thin[1]) % 2 == 0 and _fits(*thin, out) else None
+    return thin if thin is not None and thin[1].shape[0] % 2 == 0 and _fits(*thin, out) else None
 
 
 def _fits(low: Tensor, w: Tensor, y: Tensor) -> bool:
-    return low.shape == (len(y), len(w)) and y.shape[1] == w.shape[1] and _alike(low, w, y)
+    return low.shape == (y.shape[0], w.shape[0]) and y.shape[1] == w.shape[1] and _alike(low, w, y)
 
 
 def _alike(*tensors: Tensor) -> bool:

@@ -75,7 +75,7 @@ INLINE __mmask16 between(long j, long low, long high) { return first(high - j) &
 
 static void forward_piece(const how *h, const piece *p, long group, heads q, heads k, heads v, heads out, float *lse,
                           long tokens) {
-    long width = h->width, across = rounded(width, LANES), seen = rounded(p->seen, LANES);
+    long width = h->width, across = rounded(width, LANES), seen = rounded(p->seen, KEYS);
     room *r = room_of(seen * (width + across) * 2 + BLOCK * seen * 6 + BLOCK * across * 4 + seen * 8);
     const bf16 **rows_at = take(r, seen * 8);
     pair *keys = take(r, seen * width * 2), *values = take(r, seen * across * 2);
@@ -88,9 +88,9 @@ static void forward_piece(const how *h, const piece *p, long group, heads q, hea
     for (long head = group * each; head < (group + 1) * each; head++)
         for (long begin = 0; begin < p->length; begin += BLOCK) {
             long rows = p->length - begin < BLOCK ? p->length - begin : BLOCK, low;
-            long high = rounded(sight(h, p, begin + rows - 1, &low), LANES);
+            long high = rounded(sight(h, p, begin + rows - 1, &low), KEYS);
             const pair *queries = (const pair *)(q.at + (p->start + begin) * q.token + head * q.head);
-            product(rows, high, queries, q.token / 2, 1, keys, seen, width / 2, s, seen, 0);
+            product(rows, high, queries, q.token / 2, keys, seen, width / 2, s, seen, 0);
             float by[BLOCK];
             for (long i = 0; i < rows; i++) {
                 float *row = s + i * seen;
@@ -100,16 +100,16 @@ static void forward_piece(const how *h, const piece *p, long group, heads q, hea
                 for (long j = low / LANES * LANES; j < stop; j += LANES) {
                     __mmask16 mask = between(j, low, stop);
                     __m512 x = score(row, bias, j, scale, mask);
-                    _mm512_storeu_ps(row + j, x);
+                    if (bias) _mm512_storeu_ps(row + j, x);
                     most = _mm512_mask_max_ps(most, mask, most, x);
                 }
                 float top = _mm512_reduce_max_ps(most);
-                most = _mm512_set1_ps(top);
+                __m512 by_2 = _mm512_set1_ps((bias ? 1 : h->scale) * LOG2E), top_by_2 = _mm512_set1_ps(top * LOG2E);
                 bf16 *weight = weights + i * seen;
                 memset(weight, 0, high * 2);
                 for (long j = low / LANES * LANES; j < stop; j += LANES) {
-                    __mmask16 mask = between(j, low, stop);
-                    __m512 x = _mm512_maskz_mov_ps(mask, exp16(_mm512_sub_ps(_mm512_loadu_ps(row + j), most)));
+                    __m512 x = exp2_16(_mm512_fmsub_ps(_mm512_loadu_ps(row + j), by_2, top_by_2));
+                    x = _mm512_maskz_mov_ps(between(j, low, stop), x);
                     sum = _mm512_add_ps(sum, x);
                     write16(weight + j, x, 0xffff);
                 }
@@ -117,7 +117,7 @@ static void forward_piece(const how *h, const piece *p, long group, heads q, hea
                 by[i] = 1 / total;
                 lse[head * tokens + p->start + begin + i] = top + logf(total);
             }
-            product(rows, across, (const pair *)weights, seen / 2, 1, values, across, high / 2, o, across, 0);
+            product(rows, across, (const pair *)weights, seen / 2, values, across, high / 2, o, across, 0);
             for (long i = 0; i < rows; i++) {
                 bf16 *to = out.at + (p->start + begin + i) * out.token + head * out.head;
                 for (long c = 0; c < width; c += LANES)
@@ -127,14 +127,19 @@ static void forward_piece(const how *h, const piece *p, long group, heads q, hea
 }
 
 void luthier_attend(const plan *p, const how *h, heads q, heads k, heads v, heads out, float *lse, long tokens) {
-#pragma omp parallel for collapse(2) schedule(dynamic, 1)
-    for (long unit = 0; unit < p->unit_count; unit++)
-        for (long head = 0; head < h->key_heads; head++)
-            for (long one = p->units[unit]; one < p->units[unit + 1]; one++) {
-                long unused;
-                piece found = read_piece(p, one, &unused);
-                forward_piece(h, &found, head, q, k, v, out, lse, tokens);
-            }
+#pragma omp parallel
+    {
+        begin_products();
+#pragma omp for collapse(2) schedule(dynamic, 1)
+        for (long unit = 0; unit < p->unit_count; unit++)
+            for (long head = 0; head < h->key_heads; head++)
+                for (long one = p->units[unit]; one < p->units[unit + 1]; one++) {
+                    long unused;
+                    piece found = read_piece(p, one, &unused);
+                    forward_piece(h, &found, head, q, k, v, out, lse, tokens);
+                }
+        end_products();
+    }
 }
 
 typedef struct {
@@ -155,39 +160,44 @@ INLINE void write_key(const way_back *w, long token, long head, long width, cons
     }
 }
 
+/* A block's queries, or their gradients, as the left side of a product that sums over queries: (width, BLOCK / 2) words of two. */
+static void turn_rows(const bf16 **rows, long count, long width, pair *into) {
+    for (long k = 0; k < BLOCK; k += 2 * LANES) pack_turned(rows + k, count - k, width, into + k / 2, BLOCK / 2, LANES);
+}
+
 /* Leaves the gradients of keys that others see too at `sums`, if there is such a place. */
 static void backward_piece(const how *h, const piece *p, long group, const way_back *w, long sums) {
-    long width = h->width, across = rounded(width, LANES), seen = rounded(p->seen, LANES);
-    room *r = room_of(seen * (2 * width + across) * 2 + BLOCK * seen * 14 + BLOCK * across * 8 + seen * across * 8 +
+    long width = h->width, across = rounded(width, LANES), seen = rounded(p->seen, KEYS);
+    room *r = room_of(seen * (2 * width + across) * 2 + BLOCK * seen * 14 + BLOCK * across * 8 + seen * across * 16 +
                       (seen + BLOCK) * 8);
     const bf16 **rows_at = take(r, (seen + BLOCK) * 8);
     pair *keys = take(r, seen * width * 2), *values = take(r, seen * width * 2), *keys_along = take(r, seen * across * 2);
     float *s = take(r, BLOCK * seen * 4), *d = take(r, BLOCK * seen * 4), *dq = take(r, BLOCK * across * 4);
     bf16 *into = take(r, BLOCK * seen * 2);                                              /* dS */
     pair *weights_along = take(r, BLOCK * seen * 2), *into_along = take(r, BLOCK * seen * 2); /* P and dS, by pairs of queries */
-    pair *queries_along = take(r, BLOCK * across * 2), *upstream_along = take(r, BLOCK * across * 2);
-    float *dk = take(r, seen * across * 4), *dv = take(r, seen * across * 4);
+    pair *queries_turned = take(r, BLOCK * across * 2), *upstream_turned = take(r, BLOCK * across * 2);
+    float *dk = take(r, seen * across * 4), *dv = take(r, seen * across * 4), *both = take(r, seen * across * 8); /* dK^T, dV^T */
     pack_across(rows_of(w->v, group, p->run, p->runs, rows_at), p->seen, width, seen, values);
     pack_across(rows_of(w->k, group, p->run, p->runs, rows_at), p->seen, width, seen, keys);
     pack_along(rows_at, p->seen, width, seen, across, keys_along);
     memset(dk, 0, seen * across * 4);
     memset(dv, 0, seen * across * 4);
-    __m512 scale = _mm512_set1_ps(h->scale);
+    __m512 scale = _mm512_set1_ps(h->scale), by_2 = _mm512_set1_ps(LOG2E);
     long each = h->query_heads / h->key_heads;
     for (long head = group * each; head < (group + 1) * each; head++)
         for (long begin = 0; begin < p->length; begin += BLOCK) {
             long rows = p->length - begin < BLOCK ? p->length - begin : BLOCK, low, lowest;
-            long even = rounded(rows, 2), high = rounded(sight(h, p, begin + rows - 1, &low), LANES);
+            long even = rounded(rows, QUERIES), high = rounded(sight(h, p, begin + rows - 1, &low), KEYS);
             long token = p->start + begin;
             sight(h, p, begin, &lowest);
-            lowest = lowest / LANES * LANES;
+            lowest = lowest / KEYS * KEYS;
             const int64_t own[2] = {token, rows};
             const bf16 *queries = w->q.at + token * w->q.token + head * w->q.head;
             const bf16 *upstream = w->upstream.at + token * w->upstream.token + head * w->upstream.head;
-            pack_along(rows_of(w->q, head, own, 1, rows_at), rows, width, even, across, queries_along);
-            pack_along(rows_of(w->upstream, head, own, 1, rows_at), rows, width, even, across, upstream_along);
-            product(rows, high, (const pair *)queries, w->q.token / 2, 1, keys, seen, width / 2, s, seen, 0);
-            product(rows, high, (const pair *)upstream, w->upstream.token / 2, 1, values, seen, width / 2, d, seen, 0);
+            turn_rows(rows_of(w->q, head, own, 1, rows_at), rows, width, queries_turned);
+            turn_rows(rows_of(w->upstream, head, own, 1, rows_at), rows, width, upstream_turned);
+            product(rows, high, (const pair *)queries, w->q.token / 2, keys, seen, width / 2, s, seen, 0);
+            product(rows, high, (const pair *)upstream, w->upstream.token / 2, values, seen, width / 2, d, seen, 0);
             for (long i = 0; i < even; i += 2) {
                 const bf16 *bias[2];
                 float *sum_of_bias[2] = {NULL, NULL};
@@ -204,7 +214,7 @@ static void backward_piece(const how *h, const piece *p, long group, const way_b
                     for (long c = 0; c < width; c += LANES)
                         sum = _mm512_fmadd_ps(read16(g + c, first(width - c)), read16(out + c, first(width - c)), sum);
                     minus[e] = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
-                    known[e] = _mm512_set1_ps(w->lse[head * w->tokens + token + i + e]);
+                    known[e] = _mm512_set1_ps(w->lse[head * w->tokens + token + i + e] * LOG2E);
                     bias[e] = bias_of(h, head, begin + i + e);
                     if (w->into_bias) sum_of_bias[e] = w->into_bias + (head * h->bias_row + begin + i + e) * h->bias_row;
                     stop[e] = sight(h, p, begin + i + e, &from[e]);
@@ -217,7 +227,7 @@ static void backward_piece(const how *h, const piece *p, long group, const way_b
                         if (mask) {
                             long at = (i + e) * seen + j;
                             __m512 x = score(s + (i + e) * seen, bias[e], j, scale, mask);
-                            weight = _mm512_maskz_mov_ps(mask, exp16(_mm512_sub_ps(x, known[e])));
+                            weight = _mm512_maskz_mov_ps(mask, exp2_16(_mm512_fmsub_ps(x, by_2, known[e])));
                             change = _mm512_maskz_mul_ps(mask, weight, _mm512_sub_ps(_mm512_loadu_ps(d + at), minus[e]));
                             if (sum_of_bias[e])
                                 _mm512_mask_storeu_ps(sum_of_bias[e] + j, mask,
@@ -235,34 +245,30 @@ static void backward_piece(const how *h, const piece *p, long group, const way_b
                 }
             }
             long keys_here = high - lowest;
-            product(keys_here, across, weights_along + lowest, 1, seen, upstream_along, across, even / 2, dv + lowest * across,
-                    across, 1);
-            product(keys_here, across, into_along + lowest, 1, seen, queries_along, across, even / 2, dk + lowest * across, across,
-                    1);
-            product(rows, across, (const pair *)into + lowest / 2, seen / 2, 1, keys_along + lowest / 2 * across, across,
-                    keys_here / 2, dq, across, 0);
+            product(width, keys_here, upstream_turned, BLOCK / 2, weights_along + lowest, seen, even / 2, dv + lowest, seen, 1);
+            product(width, keys_here, queries_turned, BLOCK / 2, into_along + lowest, seen, even / 2, dk + lowest, seen, 1);
+            product(rows, across, (const pair *)into + lowest / 2, seen / 2, keys_along + lowest / 2 * across, across, keys_here / 2, dq,
+                    across, 0);
             for (long i = 0; i < rows; i++) {
                 bf16 *to = w->into_q.at + (token + i) * w->into_q.token + head * w->into_q.head;
                 for (long c = 0; c < width; c += LANES)
                     write16(to + c, _mm512_mul_ps(_mm512_loadu_ps(dq + i * across + c), scale), first(width - c));
             }
         }
-    if (sums >= 0) {
-        float *to = w->sums + (group * w->rows + sums) * 2 * across;
-        memcpy(to, dk, p->seen * across * 4);
-        memcpy(to + p->seen * across, dv, p->seen * across * 4);
-        return;
-    }
+    if (sums >= 0) both = w->sums + (group * w->rows + sums) * 2 * across;
+    turn_sums(dk, across, seen, p->seen, both);
+    turn_sums(dv, across, seen, p->seen, both + p->seen * across);
     long row = 0;
-    for (long run = 0; run < p->runs; run++)
+    for (long run = 0; sums < 0 && run < p->runs; run++)
         for (long t = 0; t < p->run[2 * run + 1]; t++, row++)
-            write_key(w, p->run[2 * run] + t, group, width, dk + row * across, dv + row * across, h->scale);
+            write_key(w, p->run[2 * run] + t, group, width, both + row * across, both + (p->seen + row) * across, h->scale);
 }
 
 void luthier_attend_backward(const plan *p, const how *h, const way_back *w) {
     long width = h->width, across = rounded(width, LANES);
 #pragma omp parallel
     {
+        begin_products();
 #pragma omp for collapse(2) schedule(dynamic, 1)
         for (long unit = 0; unit < p->unit_count; unit++)
             for (long head = 0; head < h->key_heads; head++)
@@ -271,6 +277,7 @@ void luthier_attend_backward(const plan *p, const how *h, const way_back *w) {
                     piece found = read_piece(p, one, &sums);
                     backward_piece(h, &found, head, w, sums);
                 }
+        end_products();
 #pragma omp for collapse(2) schedule(dynamic, 1)
         for (long s = 0; s < p->shared_count; s++)
             for (long head = 0; head < h->key_heads; head++) {

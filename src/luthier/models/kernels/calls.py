@@ -45,7 +45,7 @@ def why_none(x: Tensor) -> str | None:
 
 def _library_for(x: Tensor) -> ctypes.CDLL | str | None:
     # Not those that only look like tensors: divided over processes, or watched by a compiler.
-    fine = x.dtype == torch.bfloat16 and type(x) in (Tensor, torch.nn.Parameter) and kind_of(x) == "cpu"
+    fine = x.dtype == torch.bfloat16 and type(x) in (Tensor, torch.nn.Parameter) and (x.is_cpu or kind_of(x) == "cpu")
     return library() if fine else None
 
 
@@ -84,29 +84,31 @@ class Kernels:
     def gradient(self, g: Tensor, x: Tensor) -> Tensor:
         """g^T x: (T, m), (T, n) to (m, n)."""
         into = x.new_empty(g.shape[1], x.shape[1])
-        packed = x.new_empty(-(-g.shape[1] // 6) * 6 * (len(g) + len(g) % 2))
-        self._call("luthier_gradient", (g, x, into, packed), (len(x), *into.shape), 2 * into.numel() * len(x))
+        turned = x.new_empty(g.shape[1], g.shape[0] + g.shape[0] % 2)
+        self._call("luthier_gradient", (g, x, into, turned), (x.shape[0], *into.shape), 2 * into.numel() * x.shape[0])
         return into
 
     def narrow(self, x: Tensor, w: Tensor) -> Tensor:
         """x W^T: (T, n), (r, n) to (T, r); n even."""
-        low = x.new_empty(len(x), len(w))
-        self._call("luthier_narrow", (x, w, low), (len(x), x.shape[1], len(w)), 2 * x.numel() * len(w))
+        low = x.new_empty(x.shape[0], w.shape[0])
+        self._call("luthier_narrow", (x, w, low), (x.shape[0], x.shape[1], w.shape[0]), 2 * x.numel() * w.shape[0])
         return low
 
     def widen(self, low: Tensor, w: Tensor, y: Tensor) -> None:
         """y += low W: (T, r), (r, n) into (T, n)."""
-        self._call("luthier_widen", (low, w, y), (len(y), y.shape[1], len(w)), 2 * y.numel() * len(w))
+        self._call("luthier_widen", (low, w, y), (y.shape[0], y.shape[1], w.shape[0]), 2 * y.numel() * w.shape[0])
 
     def outer(self, low: Tensor, x: Tensor) -> Tensor:
         """low^T x in fp32: (T, r), (T, n) to (r, n)."""
         into = x.new_empty(low.shape[1], x.shape[1], dtype=torch.float32)
-        self._call("luthier_outer", (low, x, into), (len(x), x.shape[1], len(into)), 2 * x.numel() * len(into))
+        self._call(
+            "luthier_outer", (low, x, into), (x.shape[0], x.shape[1], into.shape[0]), 2 * x.numel() * into.shape[0]
+        )
         return into
 
     def norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor, scale: Tensor | None = None) -> Tensor:
         """RMSNorm of x into `out`; returns the scale (T, 1) in fp32, which is taken where it is given."""
-        found = x.new_empty(len(x), 1, dtype=torch.float32) if scale is None else scale
+        found = x.new_empty(x.shape[0], 1, dtype=torch.float32) if scale is None else scale
         self._call("luthier_norm", (x, weight, out, found), (*x.shape, eps, scale is not None))
         return found
 
@@ -128,7 +130,7 @@ class Kernels:
 
     def cross_entropy(self, logits: Tensor, labels: Tensor, smoothing: float, into: Tensor | None) -> Tensor:
         """The losses (N,) in fp32 of logits (N, V), their gradient into `into`; labels (N,) int64."""
-        losses = logits.new_empty(len(logits), dtype=torch.float32)
+        losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
         self._call("luthier_cross_entropy", (logits, labels, losses, into), (*logits.shape, smoothing))
         return losses
 

@@ -1,7 +1,7 @@
 """Building the kernels: once a machine, by its own C compiler, into the cache; where that cannot be, they are not used.
 
-They need AVX-512 with bfloat16 (Intel since Cooper Lake, AMD since Zen 4). OpenMP's functions are those that PyTorch has loaded, so both
-share its threads.
+They need AVX-512 with bfloat16 (Intel since Cooper Lake, AMD since Zen 4); products take AMX's units where there are some (Intel since
+Sapphire Rapids). OpenMP's functions are those that PyTorch has loaded, so both share its threads.
 """
 
 import ctypes
@@ -12,18 +12,19 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import torch
+import torch  # noqa: F401 - whose OpenMP is theirs
 
 from luthier.cached import cached, digest
 from luthier.errors import UserError
 
 SOURCES = ("product.c", "attention.c", "thin.c", "rows.c")
-HEADERS = ("tiles.h",)
+HEADERS = ("vectors.h", "lanes.h", "units.h", "tiles.h", "panels.h")
 FLAGS = (
     *("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-unused-function"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mtune=native"),
 )
-# Set to 0, it keeps them from being built and used.
+WITH_UNITS = ("-mamx-tile", "-mamx-bf16")
+# Set to 0, it keeps them from being built and used; to avx512, from using AMX.
 SWITCH = "LUTHIER_KERNELS"
 SECONDS = 120  # that a compiler may take; it takes about two
 
@@ -93,21 +94,21 @@ def library() -> ctypes.CDLL | str:
     if compiler is None:
         return "there is no C compiler"
     try:
-        return load(built(compiler))
+        return load(built(compiler, has_units() and os.environ.get(SWITCH) != "avx512"))
     except (OSError, subprocess.SubprocessError, UserError, AttributeError) as error:
         return f"building them failed ({_short(error)})"
 
 
 @cache
-def has_matrix_units() -> bool:
-    """Whether the processor has units for products (AMX): PyTorch's products use them, the kernels do not."""
-    return _has("amx_tile")
+def has_units() -> bool:
+    """Whether this process may use AMX's units; it asks the system for that (arch_prctl, ARCH_REQ_XCOMP_PERM for tile data)."""
+    return _has("amx_bf16") and ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
 
 
+@cache
 def _has(instructions: str) -> bool:
-    """Whether the processor has these, as far as this PyTorch knows."""
-    asked = getattr(torch.cpu, f"_is_{instructions}_supported", None)
-    return asked is not None and bool(asked())
+    about = Path("/proc/cpuinfo")
+    return about.exists() and f" {instructions}" in about.read_text(encoding="utf-8")
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -121,8 +122,8 @@ def load(path: Path) -> ctypes.CDLL:
     return found
 
 
-def built(compiler: str) -> Path:
-    """The library in the cache, made where it is not there.
+def built(compiler: str, units: bool = False) -> Path:
+    """The library in the cache, made where it is not there; `units`, for a processor with AMX.
 
     Raises OSError, SubprocessError or UserError where it cannot be made.
     """
@@ -130,22 +131,24 @@ def built(compiler: str) -> Path:
     version = _run([compiler, "--version"])
     texts = [(folder / name).read_text(encoding="utf-8") for name in (*HEADERS, *SOURCES)]
 
+    flags = (*FLAGS, *WITH_UNITS) if units else FLAGS
+
     def make(into: Path) -> None:
-        _compile(compiler, folder, into / "kernels.so")
+        _compile([compiler, *flags], folder, into / "kernels.so")
 
     # Tuned for one processor, and for no other though several may share the cache.
-    key = digest([texts, FLAGS, version, _processor()])
+    key = digest([texts, flags, version, _processor()])
     return cached("kernels", key, make) / "kernels.so"
 
 
-def _compile(compiler: str, folder: Path, into: Path) -> None:
+def _compile(compiler: list[str], folder: Path, into: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="luthier-kernels-") as aside:
         objects = []
         for name in SOURCES:
             objects.append(str(Path(aside) / f"{name}.o"))
-            _run([compiler, *FLAGS, "-c", str(folder / name), "-o", objects[-1]])
+            _run([*compiler, "-c", str(folder / name), "-o", objects[-1]])
         # OpenMP is left open here: with -fopenmp a second runtime would come in, with threads of its own.
-        _run([compiler, "-shared", *objects, "-lm", "-o", str(into)])
+        _run([*compiler[:1], "-shared", *objects, "-lm", "-o", str(into)])
 
 
 def _run(command: list[str]) -> str:
