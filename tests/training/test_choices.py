@@ -1,5 +1,6 @@
 """The choices of training: each does what its formula says, and off it changes no bit."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -105,6 +106,37 @@ def test_label_smoothing_is_torchs(family: str) -> None:
     expected = F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=0.2)
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(found, F.cross_entropy(logits, batch.labels, reduction="sum"))
+
+
+@each_family
+@pytest.mark.parametrize("method", [LoRA(rank=2), Full()], ids=["lora", "full"])
+def test_the_head_taken_in_parts_gives_the_loss_and_gradients_of_the_whole(
+    family: str, method: Method, monkeypatch
+) -> None:
+    base = tuned(family, method)
+    batch = collate(rows_for(base, 5), base.decoder_start if base.encoder_decoder else None)
+    found = []
+    for most in (10**6, len(batch.labels) - 1, 3):
+        monkeypatch.setattr("luthier.models.loss.CHUNK", most)
+        total = loss_sum(base, batch)
+        (2 * total).backward()
+        found.append({"loss": total.detach(), **gradients(base)})
+    for parts in found[1:]:
+        torch.testing.assert_close(parts, found[0])
+
+
+def test_standing_objects_are_unwatched_while_training_runs(tmp_path: Path) -> None:
+    base, seen = tuned(), []
+    train(
+        base,
+        "t",
+        Shuffled(rows_for(base), 0),
+        TrainingSettings(max_steps=1, batch_size=4),
+        0,
+        tmp_path,
+        hooks=[lambda event: seen.append(gc.get_freeze_count())],
+    )
+    assert seen[0] > 0 and gc.get_freeze_count() == 0
 
 
 def test_neftune_noise_has_its_spread_and_stays_in_training() -> None:

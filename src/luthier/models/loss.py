@@ -18,8 +18,9 @@ from luthier.models.frozen import target_states_behind
 from luthier.models.kernels.calls import kernels_for
 from luthier.models.run import target_states
 
-# Rows of the head's product computed at once: (CHUNK, vocabulary) floats are the largest tensor alive.
-CHUNK = 128
+# Rows of the head's product computed at once, at most: (CHUNK, vocabulary) numbers are the largest tensors alive. Fewer would read the
+# head's weight, or write its gradient, more often.
+CHUNK = 384
 
 
 def loss_sum(base: BaseModel, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
@@ -43,7 +44,8 @@ def label_scores(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def _chunk(base: BaseModel, targets: int) -> int:
     """How many targets the head is applied to at once: mixed batches route it by target, so there to all."""
-    return CHUNK if len(base.grafts.route.parts) == 1 else max(1, targets)
+    parts = -(-targets // CHUNK) if len(base.grafts.route.parts) == 1 else 1
+    return max(1, -(-targets // max(1, parts)))
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, wanted: bool) -> tuple[Tensor, Tensor | None]:
@@ -76,8 +78,8 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         size = _chunk(base, len(labels))
-        into_states = []
-        into_weights = [torch.zeros_like(weight) for weight in weights]
+        into_states: list[Tensor] = []
+        into_weights: list[Tensor] = []
         wanted = states.requires_grad or bool(weights)
         for chunk, targets in zip(states.split(size), labels.split(size), strict=True):
             with torch.set_grad_enabled(wanted):
@@ -88,8 +90,9 @@ class _HeadLoss(torch.autograd.Function):
             if wanted:
                 first, *rest = torch.autograd.grad(logits, [piece, *weights], into_logits)
                 into_states.append(first)
-                for sum_, more in zip(into_weights, rest, strict=True):
+                for sum_, more in zip(into_weights, rest, strict=False):
                     sum_ += more
+                into_weights = into_weights or rest
         ctx.save_for_backward(*([torch.cat(into_states), *into_weights] if wanted else []))
         return total
 
