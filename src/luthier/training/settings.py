@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from luthier.training.optimizer import Kind
 
 # Micro-batches of this many tokens keep a few cores busy, and of this many an accelerator, whose launches they share.
-CPU_TOKENS, ACCELERATOR_TOKENS = 1024, 8192
+CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 8192
 # On a CPU as many thousands more, to so many, as keep no more than those do in a model of this many blocks times width.
 MOST_CPU_TOKENS, STATES = 4096, 30 * 576
 
