@@ -18,9 +18,11 @@ from luthier.models.frozen import target_states_behind
 from luthier.models.kernels.calls import kernels_for
 from luthier.models.run import target_states
 
-# Rows of the head's product computed at once, at most: (CHUNK, vocabulary) numbers are the largest tensors alive. Fewer would read the
-# head's weight, or write its gradient, more often.
-CHUNK = 384
+# Rows of the head's product computed at once, at most: (CHUNK, vocabulary) numbers are the largest tensors alive.
+CHUNK = 128
+# The same where a kernel takes the loss, with two such tensors of 16 bits: fewer rows would read the head's weight, or write its gradient,
+# more often.
+BY_KERNELS = 384
 
 
 def loss_sum(base: BaseModel, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
@@ -34,7 +36,7 @@ def label_scores(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probability (nats) of each label, and whether it was the most probable token: both (N,)."""
     states = target_states(base, batch)
     scores, hits = [], []
-    size = _chunk(base, len(batch.labels))
+    size = _chunk(base, len(batch.labels), CHUNK)
     for chunk, labels in zip(states.split(size), batch.labels.split(size), strict=True):
         logits = base.logits(chunk).float()
         scores.append(-F.cross_entropy(logits, labels, reduction="none"))
@@ -42,9 +44,9 @@ def label_scores(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
     return torch.cat(scores), torch.cat(hits)
 
 
-def _chunk(base: BaseModel, targets: int) -> int:
+def _chunk(base: BaseModel, targets: int, most: int) -> int:
     """How many targets the head is applied to at once: mixed batches route it by target, so there to all."""
-    parts = -(-targets // CHUNK) if len(base.grafts.route.parts) == 1 else 1
+    parts = -(-targets // most) if len(base.grafts.route.parts) == 1 else 1
     return max(1, -(-targets // max(1, parts)))
 
 
@@ -77,7 +79,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, states: Tensor, labels: Tensor, base: BaseModel, smoothing: float, *weights: Tensor
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=states.device)
-        size = _chunk(base, len(labels))
+        size = _chunk(base, len(labels), BY_KERNELS if kernels_for(states) else CHUNK)
         into_states: list[Tensor] = []
         into_weights: list[Tensor] = []
         wanted = states.requires_grad or bool(weights)
