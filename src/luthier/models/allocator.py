@@ -5,10 +5,7 @@ page by page, at the next step. Two `mallopt` calls stop that; elsewhere than gl
 """
 
 import ctypes
-import gc
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
@@ -37,13 +34,3 @@ def keep_freed_memory() -> bool:
         return False
     wanted = ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, LARGEST_KEPT), (_M_TRIM_THRESHOLD, (1 << 31) - 1))
     return all(bool(mallopt(option, value)) for option, value in wanted)
-
-
-@contextmanager
-def standing_objects_unwatched() -> Iterator[None]:
-    """Python's collector does not go through the objects that stand at the start, a model's among them, again and again."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

@@ -15,7 +15,7 @@ from luthier.encoding.encoder import Encoded
 from luthier.encoding.order import Stream, step_rows
 from luthier.errors import Interrupted, MemoryRanOut, UserError
 from luthier.files import remove_partial
-from luthier.models.allocator import give_back_freed_memory, standing_objects_unwatched
+from luthier.models.allocator import give_back_freed_memory
 from luthier.models.base import BaseModel
 from luthier.models.loss import loss_sum
 from luthier.models.recompute import recomputed
@@ -51,7 +51,6 @@ class Validation:
         return -self.loss if watch == "loss" else self.accuracy if watch == "accuracy" else self.scores[watch]
 
 
-@standing_objects_unwatched()
 def train(
     base: BaseModel,
     name: str,

@@ -62,6 +62,20 @@ INLINE long sight(const how *h, const piece *p, long i, long *low) {
     return high;
 }
 
+/* This thread's pieces, each with one key head. */
+static void each_piece(const plan *p, const how *h, void (*run)(const how *, const piece *, long head, const void *given, long sums), const void *given) {
+    begin_products();
+#pragma omp for collapse(2) schedule(dynamic, 1)
+    for (long unit = 0; unit < p->unit_count; unit++)
+        for (long head = 0; head < h->key_heads; head++)
+            for (long one = p->units[unit]; one < p->units[unit + 1]; one++) {
+                long sums;
+                piece found = read_piece(p, one, &sums);
+                run(h, &found, head, given, sums);
+            }
+    end_products();
+}
+
 INLINE __m512 score(const float *s, const bf16 *bias, long j, __m512 scale, __mmask16 mask) {
     __m512 x = _mm512_maskz_loadu_ps(mask, s + j);
     return bias ? _mm512_fmadd_ps(x, scale, read16(bias + j, mask)) : _mm512_mul_ps(x, scale);
@@ -73,24 +87,31 @@ INLINE const bf16 *bias_of(const how *h, long head, long i) {
 
 INLINE __mmask16 between(long j, long low, long high) { return first(high - j) & ~first(low - j); }
 
-static void forward_piece(const how *h, const piece *p, long group, heads q, heads k, heads v, heads out, float *lse,
-                          long tokens) {
+typedef struct {
+    heads q, k, v, out;
+    float *lse;
+    long tokens;
+} way_there;
+
+static void forward_piece(const how *h, const piece *p, long group, const void *given, long unused) {
+    const way_there *w = given;
+    (void)unused;
     long width = h->width, across = rounded(width, LANES), seen = rounded(p->seen, KEYS);
     room *r = room_of(seen * (width + across) * 2 + BLOCK * seen * 6 + BLOCK * across * 4 + seen * 8);
     const bf16 **rows_at = take(r, seen * 8);
     pair *keys = take(r, seen * width * 2), *values = take(r, seen * across * 2);
     float *s = take(r, BLOCK * seen * 4), *o = take(r, BLOCK * across * 4);
     bf16 *weights = take(r, BLOCK * seen * 2);
-    pack_across(rows_of(k, group, p->run, p->runs, rows_at), p->seen, width, seen, keys);
-    pack_along(rows_of(v, group, p->run, p->runs, rows_at), p->seen, width, seen, across, values);
+    pack_across(rows_of(w->k, group, p->run, p->runs, rows_at), p->seen, width, seen, keys);
+    pack_along(rows_of(w->v, group, p->run, p->runs, rows_at), p->seen, width, seen, across, values);
     __m512 scale = _mm512_set1_ps(h->scale);
     long each = h->query_heads / h->key_heads;
     for (long head = group * each; head < (group + 1) * each; head++)
         for (long begin = 0; begin < p->length; begin += BLOCK) {
             long rows = p->length - begin < BLOCK ? p->length - begin : BLOCK, low;
             long high = rounded(sight(h, p, begin + rows - 1, &low), KEYS);
-            const pair *queries = (const pair *)(q.at + (p->start + begin) * q.token + head * q.head);
-            product(rows, high, queries, q.token / 2, keys, seen, width / 2, s, seen, 0);
+            const pair *queries = (const pair *)(w->q.at + (p->start + begin) * w->q.token + head * w->q.head);
+            product(rows, high, queries, w->q.token / 2, keys, seen, width / 2, s, seen, 0);
             float by[BLOCK];
             for (long i = 0; i < rows; i++) {
                 float *row = s + i * seen;
@@ -100,26 +121,26 @@ static void forward_piece(const how *h, const piece *p, long group, heads q, hea
                 for (long j = low / LANES * LANES; j < stop; j += LANES) {
                     __mmask16 mask = between(j, low, stop);
                     __m512 x = score(row, bias, j, scale, mask);
-                    if (bias) _mm512_storeu_ps(row + j, x);
+                    _mm512_storeu_ps(row + j, x);
                     most = _mm512_mask_max_ps(most, mask, most, x);
                 }
                 float top = _mm512_reduce_max_ps(most);
-                __m512 by_2 = _mm512_set1_ps((bias ? 1 : h->scale) * LOG2E), top_by_2 = _mm512_set1_ps(top * LOG2E);
+                most = _mm512_set1_ps(top);
                 bf16 *weight = weights + i * seen;
                 memset(weight, 0, high * 2);
                 for (long j = low / LANES * LANES; j < stop; j += LANES) {
-                    __m512 x = exp2_16(_mm512_fmsub_ps(_mm512_loadu_ps(row + j), by_2, top_by_2));
+                    __m512 x = exp16(_mm512_sub_ps(_mm512_loadu_ps(row + j), most));
                     x = _mm512_maskz_mov_ps(between(j, low, stop), x);
                     sum = _mm512_add_ps(sum, x);
                     write16(weight + j, x, 0xffff);
                 }
                 float total = _mm512_reduce_add_ps(sum);
                 by[i] = 1 / total;
-                lse[head * tokens + p->start + begin + i] = top + logf(total);
+                w->lse[head * w->tokens + p->start + begin + i] = top + logf(total);
             }
             product(rows, across, (const pair *)weights, seen / 2, values, across, high / 2, o, across, 0);
             for (long i = 0; i < rows; i++) {
-                bf16 *to = out.at + (p->start + begin + i) * out.token + head * out.head;
+                bf16 *to = w->out.at + (p->start + begin + i) * w->out.token + head * w->out.head;
                 for (long c = 0; c < width; c += LANES)
                     write16(to + c, _mm512_mul_ps(_mm512_loadu_ps(o + i * across + c), _mm512_set1_ps(by[i])), first(width - c));
             }
@@ -127,19 +148,9 @@ static void forward_piece(const how *h, const piece *p, long group, heads q, hea
 }
 
 void luthier_attend(const plan *p, const how *h, heads q, heads k, heads v, heads out, float *lse, long tokens) {
+    const way_there all = {q, k, v, out, lse, tokens};
 #pragma omp parallel
-    {
-        begin_products();
-#pragma omp for collapse(2) schedule(dynamic, 1)
-        for (long unit = 0; unit < p->unit_count; unit++)
-            for (long head = 0; head < h->key_heads; head++)
-                for (long one = p->units[unit]; one < p->units[unit + 1]; one++) {
-                    long unused;
-                    piece found = read_piece(p, one, &unused);
-                    forward_piece(h, &found, head, q, k, v, out, lse, tokens);
-                }
-        end_products();
-    }
+    each_piece(p, h, forward_piece, &all);
 }
 
 typedef struct {
@@ -166,7 +177,8 @@ static void turn_rows(const bf16 **rows, long count, long width, pair *into) {
 }
 
 /* Leaves the gradients of keys that others see too at `sums`, if there is such a place. */
-static void backward_piece(const how *h, const piece *p, long group, const way_back *w, long sums) {
+static void backward_piece(const how *h, const piece *p, long group, const void *given, long sums) {
+    const way_back *w = given;
     long width = h->width, across = rounded(width, LANES), seen = rounded(p->seen, KEYS);
     room *r = room_of(seen * (2 * width + across) * 2 + BLOCK * seen * 14 + BLOCK * across * 8 + seen * across * 16 +
                       (seen + BLOCK) * 8);
@@ -182,7 +194,7 @@ static void backward_piece(const how *h, const piece *p, long group, const way_b
     pack_along(rows_at, p->seen, width, seen, across, keys_along);
     memset(dk, 0, seen * across * 4);
     memset(dv, 0, seen * across * 4);
-    __m512 scale = _mm512_set1_ps(h->scale), by_2 = _mm512_set1_ps(LOG2E);
+    __m512 scale = _mm512_set1_ps(h->scale);
     long each = h->query_heads / h->key_heads;
     for (long head = group * each; head < (group + 1) * each; head++)
         for (long begin = 0; begin < p->length; begin += BLOCK) {
@@ -214,7 +226,7 @@ static void backward_piece(const how *h, const piece *p, long group, const way_b
                     for (long c = 0; c < width; c += LANES)
                         sum = _mm512_fmadd_ps(read16(g + c, first(width - c)), read16(out + c, first(width - c)), sum);
                     minus[e] = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
-                    known[e] = _mm512_set1_ps(w->lse[head * w->tokens + token + i + e] * LOG2E);
+                    known[e] = _mm512_set1_ps(w->lse[head * w->tokens + token + i + e]);
                     bias[e] = bias_of(h, head, begin + i + e);
                     if (w->into_bias) sum_of_bias[e] = w->into_bias + (head * h->bias_row + begin + i + e) * h->bias_row;
                     stop[e] = sight(h, p, begin + i + e, &from[e]);
@@ -227,7 +239,7 @@ static void backward_piece(const how *h, const piece *p, long group, const way_b
                         if (mask) {
                             long at = (i + e) * seen + j;
                             __m512 x = score(s + (i + e) * seen, bias[e], j, scale, mask);
-                            weight = _mm512_maskz_mov_ps(mask, exp2_16(_mm512_fmsub_ps(x, by_2, known[e])));
+                            weight = _mm512_maskz_mov_ps(mask, exp16(_mm512_sub_ps(x, known[e])));
                             change = _mm512_maskz_mul_ps(mask, weight, _mm512_sub_ps(_mm512_loadu_ps(d + at), minus[e]));
                             if (sum_of_bias[e])
                                 _mm512_mask_storeu_ps(sum_of_bias[e] + j, mask,
@@ -268,16 +280,7 @@ void luthier_attend_backward(const plan *p, const how *h, const way_back *w) {
     long width = h->width, across = rounded(width, LANES);
 #pragma omp parallel
     {
-        begin_products();
-#pragma omp for collapse(2) schedule(dynamic, 1)
-        for (long unit = 0; unit < p->unit_count; unit++)
-            for (long head = 0; head < h->key_heads; head++)
-                for (long one = p->units[unit]; one < p->units[unit + 1]; one++) {
-                    long sums;
-                    piece found = read_piece(p, one, &sums);
-                    backward_piece(h, &found, head, w, sums);
-                }
-        end_products();
+        each_piece(p, h, backward_piece, w);
 #pragma omp for collapse(2) schedule(dynamic, 1)
         for (long s = 0; s < p->shared_count; s++)
             for (long head = 0; head < h->key_heads; head++) {

@@ -25,7 +25,7 @@ static void pack_rows(const bf16 *w, long n, long row, long columns, pair *panel
             __m512i r[LANES];
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++) {
-                _mm_prefetch((const char *)((const pair *)(w + (j + i + LANES) * row) + k), _MM_HINT_T0);
+                _mm_prefetch((const char *)((const pair *)(w + (j + i + LANES) * row) + k), _MM_HINT_T0); /* of the next lanes' rows */
                 r[i] = j + i < columns ? _mm512_loadu_si512((const pair *)(w + (j + i) * row) + k) : _mm512_setzero_si512();
             }
             transpose(r);

@@ -87,15 +87,9 @@ void luthier_rotate(const bf16 *x, const bf16 *cosines, const bf16 *sines, bf16 
 
 enum { SILU, GELU, RELU };
 
-/* 1 / x of a normal x: a guess of 14 bits, and one step of Newton's. */
-INLINE __m512 inverse(__m512 x) {
-    __m512 guess = _mm512_rcp14_ps(x);
-    return _mm512_mul_ps(guess, _mm512_fnmadd_ps(guess, x, _mm512_set1_ps(2)));
-}
-
 INLINE __m512 sigmoid(__m512 x) {
     __m512 down = exp16(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x))); /* e^-|x| */
-    __m512 found = inverse(_mm512_add_ps(_mm512_set1_ps(1), down));
+    __m512 one = _mm512_set1_ps(1), found = _mm512_div_ps(one, _mm512_add_ps(one, down));
     return _mm512_mask_mul_ps(found, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), found, down);
 }
 
@@ -119,19 +113,12 @@ INLINE __m512 activated(const int kind, __m512 x, __m512 *slope) {
     return found;
 }
 
-#define RUN 2048 /* numbers of one task */
-
-INLINE void activate_16(const int kind, const bf16 *g, const bf16 *u, bf16 *out, __mmask16 mask) {
-    __m512 slope, found = activated(kind, read16(g, mask), &slope);
-    write16(out, u ? _mm512_mul_ps(once(found), read16(u, mask)) : found, mask);
-}
-
 INLINE void activate(const int kind, const bf16 *g, const bf16 *u, bf16 *out, long size) {
 #pragma omp parallel for schedule(static)
-    for (long start = 0; start < size; start += RUN) {
-        long stop = start + RUN < size ? start + RUN : size, c = start;
-        for (; c + LANES <= stop; c += LANES) activate_16(kind, g + c, u ? u + c : NULL, out + c, 0xffff);
-        if (c < stop) activate_16(kind, g + c, u ? u + c : NULL, out + c, first(stop - c));
+    for (long c = 0; c < size; c += LANES) {
+        __mmask16 mask = first(size - c);
+        __m512 slope, found = activated(kind, read16(g + c, mask), &slope);
+        write16(out + c, u ? _mm512_mul_ps(once(found), read16(u + c, mask)) : found, mask);
     }
 }
 
@@ -144,22 +131,20 @@ void luthier_activate(int kind, const bf16 *g, const bf16 *u, bf16 *out, long si
     }
 }
 
-INLINE void activate_backward_16(const int kind, const bf16 *upstream, const bf16 *g, const bf16 *u, bf16 *into_g, bf16 *into_u, bf16 *again,
-                                 __mmask16 mask) {
-    __m512 slope, into = read16(upstream, mask), found = activated(kind, read16(g, mask), &slope);
-    __m512 through = u ? read16(u, mask) : _mm512_set1_ps(1);
-    if (again) write16(again, u ? _mm512_mul_ps(once(found), through) : found, mask);
-    if (u) write16(into_u, _mm512_mul_ps(into, found), mask);
-    write16(into_g, _mm512_mul_ps(_mm512_mul_ps(into, through), slope), mask);
-}
-
 INLINE void activate_backward(const int kind, const bf16 *upstream, const bf16 *g, const bf16 *u, bf16 *into_g, bf16 *into_u, bf16 *again,
                               long size) {
 #pragma omp parallel for schedule(static)
-    for (long start = 0; start < size; start += RUN)
-        for (long c = start; c < size && c < start + RUN; c += LANES)
-            activate_backward_16(kind, upstream + c, g + c, u ? u + c : NULL, into_g + c, u ? into_u + c : NULL, again ? again + c : NULL,
-                                 first(size - c));
+    for (long c = 0; c < size; c += LANES) {
+        __mmask16 mask = first(size - c);
+        __m512 slope, into = read16(upstream + c, mask), found = activated(kind, read16(g + c, mask), &slope);
+        if (again) write16(again + c, u ? _mm512_mul_ps(once(found), read16(u + c, mask)) : found, mask);
+        if (u) {
+            __m512 through = read16(u + c, mask);
+            write16(into_u + c, _mm512_mul_ps(into, found), mask);
+            into = _mm512_mul_ps(into, through);
+        }
+        write16(into_g + c, _mm512_mul_ps(into, slope), mask);
+    }
 }
 
 /* The gradients of g, and of u if there is one; into_g may be upstream. `again`, if wanted, is what luthier_activate gave. */

@@ -5,7 +5,7 @@
 
 #include <omp.h>
 
-#define TOKENS 96 /* of one task */
+#define TOKENS (ROWS == 32 ? 96 : 48) /* of one task: whole tiles */
 #define COLUMNS 64
 #define TOGETHER 64 /* tokens whose rows stay in a core's cache */
 

@@ -32,23 +32,20 @@ INLINE __m512i two_rows(const bf16 *x, const bf16 *next, __mmask16 mask) {
     return next ? _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, next)), 16)) : low;
 }
 
-#define LOG2E 1.44269504f
-
-/* 2^t, of t below 128, as 2^n times a polynomial of the rest: to two units in the last place of fp32; NaN stays NaN. */
-INLINE __m512 exp2_16(__m512 t) {
-    t = _mm512_max_ps(_mm512_set1_ps(-126.0f), t);
-    __m512i n = _mm512_cvtps_epi32(t);
-    __m512 f = _mm512_sub_ps(t, _mm512_cvtepi32_ps(n));
-    __m512 p = _mm512_set1_ps(1.3264727e-3f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6715130e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5507336e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022242e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314700e-1f));
+/* exp as 2^n times a polynomial of the rest, to a few units in the last place of fp32 near 0 and some ten of them at -20; NaN stays NaN. */
+INLINE __m512 exp16(__m512 x) {
+    __m512 t = _mm512_max_ps(_mm512_set1_ps(-150.0f), _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)));
+    __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_sub_ps(t, n);
+    __m512 p = _mm512_set1_ps(1.5403530e-4f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.3333558e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(n, 23)));
+    return _mm512_scalef_ps(p, n);
 }
-
-INLINE __m512 exp16(__m512 x) { return exp2_16(_mm512_mul_ps(x, _mm512_set1_ps(LOG2E))); }
 
 /* The even and the odd quarters of two vectors. */
 INLINE void quarters(__m512i one, __m512i two, __m512i *even, __m512i *odd) {
