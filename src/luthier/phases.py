@@ -153,20 +153,14 @@ def answering(
         ledger.restart()
         if base.packs:
             with _parts(base, ledger), _few(base):
-                states, cache = prefill(base, rows, new_tokens)
-                ledger.hold([*cache.keys.values(), *cache.values.values()], "caches")
+                states, cache = prefill(base, rows, new_tokens, beams)
+                ledger.hold([one for rooms in cache.rooms.values() for one in rooms], "caches")
                 base.logits(states)
-            if beams > 1:
-                ledger.part = "caches"
-                longest = cache.longest
-                cache.keep(torch.zeros(len(rows) * beams, dtype=torch.long, device=base.device))
-                cache.longest = longest
+            cache.keep([place for place in range(len(rows)) for _ in range(beams)])
             with _parts(base, ledger), _few(base):
                 states = decode_step(base, cache, torch.zeros(len(rows) * beams, dtype=torch.long, device=base.device))
                 base.logits(states).float().log_softmax(-1)
-            found = _seen(base, ledger)
-            found["caches"] = found["caches"] * base.blocks // len(cache.keys)
-            return found
+            return _seen(base, ledger)
         with _parts(base, ledger), _few(base):
             _read_prompts(base, rows)
     found = _seen(base, ledger)

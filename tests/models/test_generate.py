@@ -115,7 +115,9 @@ def test_tuned_generation_is_slow_generation_row_by_row(family: str) -> None:
 
 @pytest.mark.parametrize("name", [None, "lora", "prompt", "prefix"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2"])
-def test_what_prompts_share_is_computed_once(family: str, name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_prompts_share_is_computed_and_kept_once(
+    family: str, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = tiny.make(family)
     top = base.embedding.weight.shape[0]
     shots = prompts_for(top, 1)[0][:1] * 3 + list(range(5, 45))
@@ -126,10 +128,17 @@ def test_what_prompts_share_is_computed_once(family: str, name: str | None, monk
             for parameter in parameters(base, name).values():
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     base.use(name)
-    run, sizes = generating.run_packed, []
-    monkeypatch.setattr(generating, "run_packed", lambda *given: sizes.append(given[1].shape[1]) or run(*given))
+    run, passes = generating.run_packed, []
+    monkeypatch.setattr(
+        generating, "run_packed", lambda *given: passes.append((given[1].shape[1], given[3].cache)) or run(*given)
+    )
     found = generate(base, prompts, 8, [2])
-    assert sizes[0] >= len(shots) and sizes[1] == sum(len(prompt) - len(shots) for prompt in prompts)
+    (tokens, cache), own = passes[0], [len(prompt) - len(shots) for prompt in prompts]
+    assert tokens == len(shots) + sum(own) + (TUNINGS[name].length if name == "prompt" else 0)
+    before = len(shots) + (TUNINGS[name].length if name in ("prompt", "prefix") else 0)
+    rooms = {name: {tuple(one.shape)[::2] for one in kept} for name, kept in cache.rooms.items()}
+    assert rooms["shared keys"] == rooms["shared values"] == {(1, before)}
+    assert rooms["keys"] == rooms["values"] == {(len(prompts), max(own) + 8)}
     assert found == [slow(base, prompt, 8, 2) for prompt in prompts]
 
 

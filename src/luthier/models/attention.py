@@ -53,7 +53,7 @@ def packed_attention(
     assert packing is not None, "a packed model was called without its packing"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if packing.decoding:
-        out = _attend_cached(query, key, value, scale, softcap, sliding_window, packing)
+        out = _attend_cached(module, query, key, value, scale, softcap, sliding_window, packing)
         return out.transpose(1, 2), None
     where = kind_of(query)
     if _by_lengths(packing, where, query.dtype, softcap, dropout) and _flash_runs(query.shape[-1]):
@@ -151,20 +151,43 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: flo
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+    shared: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention with its scores written out; grouped heads share one product with their key head."""
+    """Attention with its scores written out; grouped heads share one product with their key head, and all rows one with keys
+    and values (1, K, P, d) that are `shared`, which stand before their own.
+    """
     rows, heads, length, width = query.shape
-    groups, seen = key.shape[1], key.shape[2]
+    groups = key.shape[1]
     stacked = (query * scale).reshape(rows, groups, heads // groups * length, width)
-    scores = (stacked @ key.transpose(2, 3)).view(rows, heads, length, seen)
+    scores = stacked @ key.transpose(2, 3)
+    if shared:
+        scores = torch.cat([_times(stacked, shared[0].transpose(2, 3)), scores], dim=-1)
+    scores = scores.view(rows, heads, length, -1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     weights = F.dropout((scores + mask).softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
-    return (weights.view(rows, groups, heads // groups * length, seen) @ value).view(rows, heads, length, width)
+    weights = weights.view(rows, groups, heads // groups * length, -1)
+    before = shared[1].shape[2] if shared else 0
+    out = weights[..., before:] @ value
+    if shared:
+        out = out + _times(weights[..., :before], shared[1])
+    return out.view(rows, heads, length, width)
+
+
+def _times(rows: Tensor, one: Tensor) -> Tensor:
+    """(rows, K, n, a) times (1, K, a, b) as K products, each of all rows."""
+    return (rows.transpose(0, 1).flatten(1, 2) @ one[0]).unflatten(1, (len(rows), -1)).transpose(0, 1)
 
 
 def _attend_cached(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -177,13 +200,14 @@ def _attend_cached(
     assert cache is not None and cache.filled is not None
     slot = ("decode", window)
     if slot not in packing.masks:  # one mask serves all layers of this step
-        places = torch.arange(key.shape[2], device=key.device)
+        places = torch.arange(cache.before + key.shape[2], device=key.device)
         hidden = places > cache.filled[:, None]
         if window is not None:
             hidden = hidden | (places <= cache.filled[:, None] - window)
         mask = torch.zeros(hidden.shape, dtype=query.dtype, device=key.device).masked_fill(hidden, float("-inf"))
         packing.masks[slot] = mask[:, None, None, :]
-    return _attend(query, key, value, packing.masks[slot], scale, softcap, 0.0)
+    shared = cache.shared(module.layer_idx)  # type: ignore[arg-type]
+    return _attend(query, key, value, packing.masks[slot], scale, softcap, 0.0, shared)
 
 
 def _mask(

@@ -1,6 +1,7 @@
 """Batched decoding: rows sorted by length, what they begin with alike computed once, finished rows leave the batch."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from luthier.models.decoding import Chooser, Decoding
 from luthier.models.grafted import standing_still
 from luthier.models.packing import Packing, RowCache
 from luthier.models.padding import pad_left
-from luthier.models.prefix import Prefixes
 from luthier.models.run import behind, embed, encode, run_packed
 
 # Rows decoded together; on an accelerator, which so few do not fill, more of them while they hold no more than these tokens.
@@ -96,12 +96,19 @@ def _decode_packed(
             alive = [alive[place] for place in keep]
             break
         if len(keep) < len(alive):
-            rows = torch.tensor(keep, device=base.device)
-            cache.keep(rows)
-            tokens, alive = tokens[rows], [alive[place] for place in keep]
+            keep = _with_few_moved(keep)
+            cache.keep(keep)
+            tokens, alive = tokens[torch.tensor(keep, device=base.device)], [alive[place] for place in keep]
         states = decode_step(base, cache, tokens)
     for row in alive:
         yield row, written[row]
+
+
+def _with_few_moved(keep: list[int]) -> list[int]:
+    """The rows that go on, in an order in which most stay where they are: the last ones take the places of those that left."""
+    stay = {place for place in keep if place < len(keep)}
+    last = iter([place for place in keep if place >= len(keep)])
+    return [place if place in stay else next(last) for place in range(len(keep))]
 
 
 def _decode_encoded(
@@ -144,7 +151,7 @@ def _decode_beams(
     base: BaseModel, prompts: list[list[int]], new_tokens: int, stop: set[int], decoding: Decoding, numbers: list[int]
 ) -> Iterator[tuple[int, list[int]]]:
     """One token a partial answer and step; the partial answers of a row stand together in the batch."""
-    states, cache = prefill(base, prompts, new_tokens)
+    states, cache = prefill(base, prompts, new_tokens, decoding.beams)
     searches = {row: Beams(decoding, stop, new_tokens) for row in range(len(prompts))}
     while searches:
         logits, start = base.logits(states), 0
@@ -161,46 +168,33 @@ def _decode_beams(
                 del searches[row]
             start += width
         if searches:
-            cache.keep(torch.tensor(kept, device=base.device))
+            cache.keep(kept)
             states = decode_step(base, cache, torch.tensor(tokens, device=base.device))
 
 
-def prefill(base: BaseModel, prompts: list[list[int]], new_tokens: int) -> tuple[Tensor, RowCache]:
-    """Run all prompts as one packed row: the last state of each (rows, D), and what they leave to attend to.
+def prefill(base: BaseModel, prompts: list[list[int]], new_tokens: int, beams: int = 1) -> tuple[Tensor, RowCache]:
+    """Run all prompts as one packed row: the last state of each (rows, D), and what they leave to attend to, with room for
+    `beams` continuations of each.
 
-    What all of them begin with (shots, a system prompt) runs once, and stands before each as a prefix does.
+    What all of them begin with (shots, a system prompt) runs once, they fork from it, and its keys and values are kept once.
     """
-    device = base.device
-    prefixes = base.grafts.prefixes_of(range(len(prompts)), ())
-    shared = common_start(prompts, min(map(len, prompts)) - 1)
-    if shared:
-        before = _keys_values(base, prompts[0][:shared])
-        prefixes = Prefixes((before,) * len(prompts))
-        prompts = [row[shared:] for row in prompts]
-    packed = Packed(torch.tensor([token for row in prompts for token in row], device=device), tuple(map(len, prompts)))
-    if shared:  # a soft prompt stands in what is shared already
-        embedded, lengths = base.embedding(packed.ids), packed.lengths
+    device, alike = base.device, common_start(prompts, min(map(len, prompts)) - 1)
+    own = [row[alike:] for row in prompts]
+    flat = torch.tensor([*prompts[0][:alike], *(token for row in own for token in row)], device=device)
+    lengths = tuple(map(len, own))
+    packed = Packed(flat, (len(flat),), (lengths,)) if alike else Packed(flat, lengths)
+    embedded, grown, _ = embed(base, packed, ())
+    if alike:  # a soft prompt stands before it
+        alike += grown[0] - len(flat)
     else:
-        embedded, lengths, _ = embed(base, packed, ())
-    cache = RowCache(lengths, new_tokens, prefixes)
-    starts = prefixes.lengths if prefixes else ()
-    positions = torch.tensor(Packed(packed.ids, lengths).positions(starts), device=device)
-    packing = Packing(lengths, cache=cache, prefixes=prefixes)
-    states = run_packed(base, embedded[None], positions[None], packing)[0]
+        lengths = grown
+    prefixes = base.grafts.prefixes_of(range(len(grown)), ())
+    cache = RowCache(base.blocks, lengths, new_tokens, alike, prefixes, beams)
+    positions = replace(packed, lengths=grown).positions(prefixes.lengths if prefixes else ())
+    packing = Packing(grown, packed.branches, cache=cache, prefixes=prefixes)
+    states = run_packed(base, embedded[None], torch.tensor(positions, device=device)[None], packing)[0]
     cache.prompts_are_in(device)
-    return states[torch.tensor(lengths, device=device).cumsum(0) - 1], cache
-
-
-def _keys_values(base: BaseModel, ids: list[int]) -> Tensor:
-    """(layers, 2, K, P, d): keys and values of these tokens, behind the active tuning's own prefix or soft prompt."""
-    packed = Packed(torch.tensor(ids, device=base.device), (len(ids),))
-    embedded, lengths, _ = embed(base, packed, ())
-    prefixes = base.grafts.prefixes_of(range(1), ())
-    cache = RowCache(lengths, 0, prefixes)
-    starts = prefixes.lengths if prefixes else ()
-    positions = torch.tensor(Packed(packed.ids, lengths).positions(starts), device=base.device)
-    run_packed(base, embedded[None], positions[None], Packing(lengths, cache=cache, prefixes=prefixes))
-    return torch.stack([torch.stack([cache.keys[layer][0], cache.values[layer][0]]) for layer in sorted(cache.keys)])
+    return states[torch.tensor(lengths, device=device).cumsum(0) + (alike - 1)], cache
 
 
 def decode_step(base: BaseModel, cache: RowCache, tokens: Tensor) -> Tensor:

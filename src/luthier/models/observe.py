@@ -24,10 +24,10 @@ def keys_and_values(base: BaseModel, ids: Sequence[int]) -> Tensor:
     tokens = torch.tensor(ids, device=base.device)
     with base.grafts.bare():
         if base.packs:
-            cache = RowCache((len(ids),), 0)
+            cache = RowCache(layers, (len(ids),), 0)
             positions = torch.arange(len(ids), device=base.device)[None]
             run_packed(base, base.embedding(tokens)[None], positions, Packing((len(ids),), cache=cache))
-            held = [(cache.keys[layer], cache.values[layer]) for layer in range(layers)]
+            held = [cache.own(layer, len(ids)) for layer in range(layers)]
         else:
             options = {}
             if base.encoder_decoder:

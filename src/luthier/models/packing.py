@@ -11,65 +11,103 @@ from torch import Tensor
 from luthier.models.padded_rows import Layout
 from luthier.models.prefix import Prefixes
 
+# Steps in which the keys grow that rows see while they are decoded (those not filled are hidden): with a new size at every step
+# the CPU's library of products would make new kernels, some megabytes, at every step.
+SEEN = 32
+
 
 class RowCache:
-    """Keys and values of the rows being decoded, preallocated: per layer (rows, heads, capacity, d)."""
+    """Keys and values of rows that are decoded: those of their own, (rows, K, capacity, d), and once what stands before all of
+    them, a tuning's prefix and the tokens that they begin with alike, (1, K, P, d).
+
+    All layers' are made at the first layer's: between the tensors of a pass they would cut its memory into pieces.
+    """
 
     is_compileable = False
     is_sliding = (False,)
 
-    def __init__(self, lengths: tuple[int, ...], new_tokens: int, prefixes: Prefixes | None = None):
-        self.lengths = lengths  # of the prompts
-        self.prefixes = prefixes
-        before = prefixes.lengths if prefixes else (0,) * len(lengths)
-        self.prompt_lengths = tuple(one + more for one, more in zip(before, lengths, strict=True))  # prefixes included
-        self.capacity = max(self.prompt_lengths) + new_tokens
-        self.filled: Tensor | None = None  # (rows,) tokens held by each row; None until the prompts are in
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
+    def __init__(
+        self,
+        layers: int,
+        lengths: tuple[int, ...],
+        new_tokens: int,
+        alike: int = 0,
+        prefixes: Prefixes | None = None,
+        beams: int = 1,
+    ):
+        self.layers, self.beams = layers, beams
+        self.lengths = list(lengths)  # of the rows, without what they begin with
+        self.alike = alike  # tokens that stand before the rows in the pass over the prompts
+        self.prefixes = prefixes  # one and the same for all rows
+        self.before = alike + (prefixes.lengths[0] if prefixes else 0)  # P
+        self.capacity = max(lengths) + new_tokens
+        self.filled: Tensor | None = None  # (rows,) tokens each row sees, P included; None until the prompts are in
+        self.rooms: dict[str, list[Tensor]] = {}  # what is kept, a tensor a layer
 
     def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values; return what this step attends to (transformers' cache contract)."""
+        """Store new keys and values; return the rows' own that this step attends to (transformers' cache contract)."""
         if self.filled is None:
-            self._store_prompts(key, value, layer)
+            self._store(key, value, layer)
             return key, value
-        rows = torch.arange(key.shape[0], device=key.device)
-        self.keys[layer][rows, :, self.filled] = key[:, :, 0]
-        self.values[layer][rows, :, self.filled] = value[:, :, 0]
-        longest = int(self.longest) + 1
-        return self.keys[layer][:, :, :longest], self.values[layer][:, :, :longest]
+        rows, places = torch.arange(key.shape[0], device=key.device), self.filled - self.before
+        for name, heads in (("keys", key), ("values", value)):
+            self.rooms[name][layer][rows, :, places] = heads[:, :, 0]
+        seen = max(self.lengths) + 1
+        return self.own(layer, seen + -seen % SEEN)
 
-    def _store_prompts(self, key: Tensor, value: Tensor, layer: int) -> None:
-        shape = (len(self.prompt_lengths), key.shape[1], self.capacity, key.shape[3])
-        self.keys[layer], self.values[layer] = key.new_zeros(shape), value.new_zeros(shape)
-        start = 0
-        for row, (length, filled) in enumerate(zip(self.lengths, self.prompt_lengths, strict=True)):
-            here, own = slice(start, start + length), slice(filled - length, filled)
-            self.keys[layer][row, :, own], self.values[layer][row, :, own] = key[0, :, here], value[0, :, here]
-            if self.prefixes and (prefix := self.prefixes.at(layer, row, key)):
-                before = filled - length
-                self.keys[layer][row, :, :before], self.values[layer][row, :, :before] = prefix[0][0], prefix[1][0]
-            start += length
+    def own(self, layer: int, seen: int) -> tuple[Tensor, Tensor]:
+        """The rows' keys and values in a layer, at most the first `seen`."""
+        rows = len(self.lengths)
+        return self.rooms["keys"][layer][:rows, :, :seen], self.rooms["values"][layer][:rows, :, :seen]
+
+    def shared(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """The keys and values in a layer that stand before all rows' own."""
+        return (self.rooms["shared keys"][layer], self.rooms["shared values"][layer]) if self.before else None
+
+    def _store(self, key: Tensor, value: Tensor, layer: int) -> None:
+        prefix = (self.prefixes.at(layer, 0, key) if self.prefixes else None) or (None, None)
+        for name, heads, first in (("keys", key, prefix[0]), ("values", value, prefix[1])):
+            if self.before:
+                room = self._room("shared " + name, heads, layer, 1, self.before)
+                if first is not None:
+                    room[:, :, : first.shape[2]] = first
+                room[:, :, self.before - self.alike :] = heads[:, :, : self.alike]
+            room = self._room(name, heads, layer, self.beams * len(self.lengths), self.capacity)
+            start = self.alike
+            for row, length in enumerate(self.lengths):
+                room[row, :, :length] = heads[0, :, start : start + length]
+                start += length
+
+    def _room(self, name: str, heads: Tensor, layer: int, rows: int, places: int) -> Tensor:
+        shape = (rows, heads.shape[1], places, heads.shape[3])
+        if name not in self.rooms:
+            self.rooms[name] = list(heads.new_zeros(self.layers, *shape))
+        if self.rooms[name][layer].shape != shape:  # not all layers are alike
+            self.rooms[name][layer] = heads.new_zeros(shape)
+        return self.rooms[name][layer]
 
     def prompts_are_in(self, device: torch.device) -> None:
         """From here on each update is one new token a row."""
-        self.filled = torch.tensor(self.prompt_lengths, device=device)
-        self.longest = max(self.prompt_lengths)
+        self.filled = torch.tensor(self.lengths, device=device) + self.before
 
     def advance(self) -> None:
         """Count the token that the last step stored."""
         assert self.filled is not None
         self.filled = self.filled + 1
-        self.longest += 1
+        self.lengths = [length + 1 for length in self.lengths]
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these: finished rows leave the batch."""
+    def keep(self, rows: Sequence[int]) -> None:
+        """The rows are these from here on, in this order: finished ones leave the batch, beams come from one another."""
         assert self.filled is not None
-        self.filled = self.filled[rows]
-        self.longest = int(self.filled.max())
-        for layer in self.keys:
-            self.keys[layer] = self.keys[layer][rows]
-            self.values[layer] = self.values[layer][rows]
+        self.lengths = [self.lengths[row] for row in rows]
+        self.filled = self.filled[torch.tensor(rows, device=self.filled.device)]
+        moved = [place for place, row in enumerate(rows) if place != row]
+        if moved:
+            into = torch.tensor(moved, device=self.filled.device)
+            origin = torch.tensor([rows[place] for place in moved], device=self.filled.device)
+            for name in ("keys", "values"):
+                for room in self.rooms[name]:
+                    room[into] = room[origin]
 
     def get_seq_length(self, *args: Any) -> int:
         """Part of transformers' cache contract; positions are always given explicitly."""
