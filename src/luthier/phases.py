@@ -44,13 +44,20 @@ def new_ledger() -> Ledger:
 
 
 def loading(base: BaseModel, stored: torch.dtype) -> Counter[str]:
-    """Reading maps the file of the weights; what is in another precision, or packed into 4 bits, is copied from there."""
+    """Reading maps the file of the weights. All of it stays while they are copied into another precision; where linears are packed
+    into 4 bits, each is let go once it is, and the others are copied.
+    """
     ledger = Ledger()
     _hold_weights(base, {}, ledger)
-    packed = _packed(base)
-    mapped = sum(one.numel() for one in base.grafts.originals.values()) * stored.itemsize
-    workspace = READING + (PACKING if packed else 0) + (mapped if packed or stored != base.dtype else 0)
-    return Counter({"weights": ledger.live["weights"], "workspace": workspace})
+    packed, weights = _packed(base), ledger.live["weights"]
+    sizes = {key: one.numel() for key, one in base.grafts.originals.items()}
+    beside = 0
+    if stored != base.dtype:
+        beside = sum(sizes.values()) * (stored.itemsize + base.dtype.itemsize) - weights
+    elif packed:
+        beside = sum(size for key, size in sizes.items() if key.removesuffix(".weight") not in packed) * stored.itemsize
+    workspace = READING + (PACKING if packed else 0) + max(0, beside)
+    return Counter({"weights": weights, "workspace": workspace})
 
 
 def training(

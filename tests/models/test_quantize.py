@@ -145,3 +145,25 @@ def test_what_trains_the_packed_weights_themselves_is_refused_also_on_the_skelet
             attach(base, "t", Full())
         assert base.grafts.names == []
         attach(base, "t", LoRA(rank=2))
+
+
+@each_dtype
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(7, 9), (64, 64), (700, 576), (1025, 512)])
+def test_a_weight_unpacked_by_parts_is_the_whole_one(shape: tuple[int, int], double: bool, dtype: torch.dtype) -> None:
+    """(700, 576) has 6,300 blocks of the 4,096 unpacked at once; (7, 9) is no whole block."""
+    layer = layer_of(torch.randn(shape, dtype=dtype), double=double)
+    assert torch.equal(layer.unpacked(), layer.dequantized())
+
+
+@pytest.mark.skipif(tiny.DEVICE.type == "cuda", reason="CUDA's allocator keeps a place for it by itself")
+def test_linears_of_a_model_are_unpacked_into_one_place() -> None:
+    base = tiny.make("llama", quantize="nf4")
+    layers = [module for module in base.model.modules() if isinstance(module, QuantizedLinear)]
+    first, *others = sorted(layers, key=lambda one: -one.weight.numel())
+    place = first.unpacked().data_ptr()
+    for layer in others:
+        whole = layer.dequantized()
+        found = layer.unpacked()
+        assert found.data_ptr() == place and torch.equal(found, whole)
+        assert whole.data_ptr() != place

@@ -27,6 +27,7 @@ from luthier.models.load import (
     resolve_device,
     resolve_dtype,
 )
+from luthier.models.mapped import MappedFiles
 from luthier.models.quantize import QuantizedLinear, adopt_packed, is_packed, quantize_linears
 from luthier.models.where import kind_of
 
@@ -206,8 +207,10 @@ def _fingerprint(model: Any, parameters: Mapping[str, Tensor]) -> str:
     width = model.get_input_embeddings().weight.shape[1]
     digest = hashlib.sha256(f"{family} {blocks} {width}".encode())
     packed = {f"{path}.weight": one for path, one in model.named_modules() if isinstance(one, QuantizedLinear)}
+    files = MappedFiles()
     for name, parameter in sorted(parameters.items()):
         flat = (packed[name].dequantized() if name in packed else parameter.detach()).flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+        files.let_go(parameter)
     return digest.hexdigest()[:16]

@@ -21,8 +21,8 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def product_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
-    """A linear's weight (out, in) in the precision of a product, unpacked but not copied."""
+    """A linear's weight (out, in) in the precision of a product that is made at once: not copied, and of 4 bits gone at the next one."""
     if isinstance(module, QuantizedLinear):
-        return module.dequantized().to(dtype)
+        return module.unpacked().to(dtype)
     weight: Tensor = module.weight.detach().to(dtype)  # type: ignore[union-attr, operator]
     return weight.T if isinstance(module, Conv1D) else weight

@@ -25,9 +25,12 @@ from transformers.pytorch_utils import Conv1D
 from luthier.errors import UserError
 from luthier.models.allocator import give_back_freed_memory
 from luthier.models.kernels.calls import FourBits
+from luthier.models.mapped import MappedFiles
+from luthier.models.scratch import Scratch
 
 Quantization = Literal["nf4"]
 BLOCK = 64
+PART = 4096  # blocks that are unpacked at once
 
 
 class QuantizedLinear(nn.Linear):
@@ -37,9 +40,16 @@ class QuantizedLinear(nn.Linear):
     """
 
     def __init__(
-        self, weight: Tensor, bias: Parameter | None, device: torch.device, double: bool, transposed: bool = False
+        self,
+        weight: Tensor,
+        bias: Parameter | None,
+        device: torch.device,
+        double: bool,
+        transposed: bool = False,
+        room: Scratch | None = None,
     ):
         nn.Module.__init__(self)
+        self.room = room or Scratch()  # for the weight while it is multiplied with; all linears of a model share it
         self.transposed = transposed  # the architecture stores (in, out), as GPT-2 does
         self.out_features, self.in_features = weight.shape
         self.weight = Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
@@ -69,6 +79,30 @@ class QuantizedLinear(nn.Linear):
         blocks: Tensor = _functional().dequantize_4bit(self.packed, self.state)
         return blocks.flatten()[: self.weight.numel()].view(self.weight.shape)
 
+    def unpacked(self) -> Tensor:
+        """The same for a product at once: it is gone when the next linear's is asked for.
+
+        On a CPU by parts: a whole weight leaves a hole in the heap that after a few smaller tensors fits no other one.
+        """
+        if self.packed is None or self.packed.device.type == "cuda" or self.state.blocksize != BLOCK:
+            return self.dequantized()
+        room = self.room.take("weight", (self.packed.numel() // (BLOCK // 2), BLOCK), self.packed, self.state.dtype)
+        packed, scale = self.packed.view(-1, BLOCK // 2), self._scale()
+        for start in range(0, len(room), PART):
+            part = packed[start : start + PART].reshape(-1, 1)
+            shape = (len(part) * 2 // BLOCK, BLOCK)
+            room[start : start + PART] = torch.ops.bitsandbytes.dequantize_4bit.default(
+                part, scale[start : start + PART], BLOCK, self.state.quant_type, shape, self.state.dtype
+            )
+        return room.view(-1)[: self.weight.numel()].view(self.weight.shape)
+
+    def _scale(self) -> Tensor:
+        """What each block's numbers are times."""
+        scale: Tensor = self.state.absmax
+        if self.state.nested:
+            scale = _functional().dequantize_blockwise(scale, self.state.state2) + self.state.offset
+        return scale.float()
+
     def four_bits(self, by_rows: bool, dtype: torch.dtype) -> FourBits | None:
         """The weight as the kernels read it, for products in this precision; None where they do not know how it is packed."""
         state = self.state
@@ -80,11 +114,8 @@ class QuantizedLinear(nn.Linear):
             return None
         if self.in_features % BLOCK or self.out_features % 2:
             return None
-        scale = state.absmax
-        if state.nested:
-            scale = _functional().dequantize_blockwise(scale, state.state2) + state.offset
         shape = (self.in_features, self.out_features) if by_rows else (self.out_features, self.in_features)
-        return FourBits(self.packed, scale.float(), state.code, by_rows, shape)
+        return FourBits(self.packed, self._scale(), state.code, by_rows, shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         # The stand-in stays on the meta device, which has nothing to move.
@@ -102,13 +133,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantized().to(x.dtype), bias)
+        return F.linear(x, layer.unpacked().to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         (upstream,) = outputs
         wanted_x, wanted_bias, _ = ctx.needs_input_grad
-        into_x = upstream @ ctx.layer.dequantized().to(upstream.dtype) if wanted_x else None
+        into_x = upstream @ ctx.layer.unpacked().to(upstream.dtype) if wanted_x else None
         return into_x, upstream.reshape(-1, upstream.shape[-1]).sum(0) if wanted_bias else None, None
 
 
@@ -121,14 +152,14 @@ def is_packed(model: Any) -> bool:
 
 def adopt_packed(model: Any) -> None:
     """Put our layer in the place of each that was saved in 4 bits; the numbers stay."""
+    room = Scratch()
     for path, module in list(model.named_modules()):
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is None:
             continue
         out, inputs = state.shape
-        layer = QuantizedLinear(
-            torch.empty(out, inputs, dtype=state.dtype, device="meta"), module.bias, torch.device("meta"), state.nested
-        )
+        weight, device = torch.empty(out, inputs, dtype=state.dtype, device="meta"), torch.device("meta")
+        layer = QuantizedLinear(weight, module.bias, device, state.nested, room=room)
         layer.packed, layer.state = module.weight.data, copy.copy(state)
         if out * inputs % state.blocksize == 0:
             layer.state.shape = torch.Size((out * inputs // state.blocksize, state.blocksize))
@@ -144,14 +175,17 @@ def quantize_linears(model: Any, device: torch.device, double: bool) -> None:
     _functional()
     head = model.get_output_embeddings()
     paths = [path for path, one in model.named_modules() if isinstance(one, (nn.Linear, Conv1D)) and one is not head]
+    files, room = MappedFiles(), Scratch()
     for path in paths:  # (a list of the modules would keep every dense weight alive to the end)
         parent, _, key = path.rpartition(".")
         owner = model.get_submodule(parent)
         module: Any = getattr(owner, key)
         turned = isinstance(module, Conv1D)
-        packed = QuantizedLinear(module.weight.T if turned else module.weight, module.bias, device, double, turned)
+        weight = module.weight.T if turned else module.weight
+        packed = QuantizedLinear(weight, module.bias, device, double, turned, room)
         setattr(owner, key, packed)
         if packed.packed is not None:
+            files.let_go(module.weight)
             give_back_freed_memory()  # one weight's packing leaves holes that the next one's does not fit
     for parameter in model.parameters():
         if not parameter.is_meta:
