@@ -20,6 +20,7 @@ from luthier.models.batch import Packed
 from luthier.models.frozen import SLICED, only_blocks
 from luthier.models.generate import decode_step, prefill
 from luthier.models.heap import Heap
+from luthier.models.kernels.calls import kernels_for
 from luthier.models.ledger import Ledger
 from luthier.models.loss import label_scores, loss_sum
 from luthier.models.quantize import QuantizedLinear
@@ -92,7 +93,7 @@ class _DryOptimizer:
     """What an optimizer holds and makes: Adafactor itself; of those that are one kernel, which asks for a device, the tensors."""
 
     def __init__(self, owned: Owned, kind: Kind):
-        self.owned = owned
+        self.owned, self.kind = owned, kind
         self.real = Optimizer(owned, 0.0, kind) if kind == "adafactor" else None
         counts = (count for one in owned.values() for count in (master_bytes(one), *state_bytes(one, kind)))
         self.states = [_bytes(count) for count in counts if count and not self.real]
@@ -104,10 +105,11 @@ class _DryOptimizer:
             self.real.step(1.0, 1.0)
             return
         for keys in bucket_keys(self.owned):
-            copies = []  # in fp32, of a bucket's gradients in 16 bits
+            copies = []  # in fp32, of a bucket's gradients in 16 bits, which kernels read as they are
             for key in keys:
                 if (gradient := self.owned[key].grad) is not None:
-                    copies.append(gradient.float())
+                    if self.kind != "adamw" or kernels_for(gradient) is None:
+                        copies.append(gradient.float())
                     self.owned[key].grad = None
             del copies
 

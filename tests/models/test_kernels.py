@@ -13,7 +13,7 @@ from luthier.models import matmul
 from luthier.models.activations import _WRITTEN_OUT
 from luthier.models.attended import attend
 from luthier.models.kernels import library
-from luthier.models.kernels.calls import Kernels, kernels_for, why_none
+from luthier.models.kernels.calls import AdamW, Kernels, kernels_for, why_none
 from luthier.models.kernels.fused import Fused
 from luthier.models.loss import _cross_entropy
 from luthier.models.norms import norm_backward, norm_forward, norm_weight_backward
@@ -316,6 +316,31 @@ def test_the_loss_is_the_formula(size: int, smoothing: float) -> None:
 
 
 @built
+@pytest.mark.parametrize("size", [1, 17, 40_000])
+def test_a_norm_is_the_formula(size: int) -> None:
+    x = numbers(size)
+    found = kernels_for(x).norm_of(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), x.double().norm(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 17, 40_000])
+def test_adamws_step_is_the_formula(size: int) -> None:
+    """Read in float64, its numbers; the weight is the master to the bit of rounding."""
+    master, m, v = (numbers(size, seed=seed).float() * 1.001 for seed in (1, 2, 3))
+    v.square_().add_(0.01)  # what nearly vanishes multiplies the errors of the first moment
+    gradient, weight = numbers(size, seed=4), numbers(size, seed=5)
+    how = AdamW(scale=0.3, rate=0.02, decay=0.1, beta1=0.9, beta2=0.999, root=1.7, eps=1e-8)
+    g = gradient.double() * how.scale
+    first = how.beta1 * m.double() + (1 - how.beta1) * g
+    second = how.beta2 * v.double() + (1 - how.beta2) * g * g
+    expected = (1 - how.decay) * master.double() - how.rate * first / (how.root * second.sqrt() + how.eps)
+    kernels_for(gradient).adamw(weight, master, (m, v), gradient, how)
+    for found, exact in ((m, first), (v, second), (master, expected)):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+    assert torch.equal(weight, master.bfloat16())
+
+
 def test_no_rows_are_no_numbers() -> None:
     out = torch.empty(0, 5).bfloat16()
     matmul.product(numbers(0, 6), numbers(6, 5), out)

@@ -59,3 +59,42 @@ def test_training_all_weights_in_bf16_follows_float32() -> None:
         lowered[dtype] = losses[0] - losses[-1]
     assert lowered[torch.float32] > 0
     assert lowered[torch.bfloat16] == pytest.approx(lowered[torch.float32], rel=0.25)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_adamw_is_torchs_on_the_masters(dtype: torch.dtype, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With decay of matrices alone, a rate of its own and clipping; a parameter without gradient stays."""
+    if not kernels:
+        monkeypatch.setattr("luthier.models.kernels.calls.library", lambda: "switched off")
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"a.weight": (37, 19), "a.bias": (301,), "b.weight": (300, 90), "still.weight": (4, 4)}
+    owned = {key: Parameter(torch.randn(shape, generator=draw).to(tiny.DEVICE, dtype)) for key, shape in shapes.items()}
+    still = owned["still.weight"].detach().clone()
+    optimizer = Optimizer(owned, 0.1, factors={"b.weight": 4.0})
+    twins = {key: Parameter(master.detach().clone()) for key, master in optimizer.masters.items()}
+    plain = torch.optim.AdamW(
+        [
+            {"params": [one], "weight_decay": 0.1 if one.ndim > 1 else 0.0, "factor": 4.0 if key == "b.weight" else 1.0}
+            for key, one in twins.items()
+        ]
+    )
+    for step in range(5):
+        gradients = {key: torch.randn(shape, generator=draw).to(tiny.DEVICE, dtype) for key, shape in shapes.items()}
+        del gradients["still.weight"]
+        for key, gradient in gradients.items():
+            owned[key].grad, twins[key].grad = gradient.clone(), gradient.float()
+        norm = torch.nn.utils.clip_grad_norm_(twins.values(), 20.0)
+        for group in plain.param_groups:
+            group["lr"] = 0.01 * (step + 1) * group["factor"]
+        plain.step()
+        assert optimizer.step(0.01 * (step + 1), 20.0) == pytest.approx(float(norm), rel=1e-5)
+        assert all(one.grad is None for one in owned.values())
+        for key, twin in twins.items():
+            torch.testing.assert_close(optimizer.masters[key].detach(), twin.detach(), rtol=1e-5, atol=1e-6)
+            assert torch.equal(owned[key], optimizer.masters[key].to(dtype)), key
+    assert torch.equal(owned["still.weight"], still)
+    state = optimizer.state()
+    for key, twin in twins.items():
+        for part, expected in plain.state[twin].items():
+            torch.testing.assert_close(state[f"{part}/{key}"].cpu(), expected.cpu(), rtol=1e-5, atol=1e-6)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from luthier.errors import UserError
+from luthier.models.kernels.calls import AdamW, kernels_for
 from luthier.models.shard import divided_like, local, locals_of
 from luthier.training.ranks import ALONE, Ranks
 
@@ -123,9 +124,15 @@ class Optimizer:
         self.masters = {
             key: own if own.dtype == torch.float32 else scattered(own, key) for key, own in self._own.items()
         }
-        self._decay, self._factors = weight_decay, factors or {}
+        self._decay, self._factors, self._kind = weight_decay, factors or {}, kind
         self.buckets = [(keys, OPTIMIZERS[kind](self._groups(keys))) for keys in bucket_keys(self.masters)]
-        self._of = {key: made for keys, made in self.buckets for key in keys}
+        of_master = {id(master): key for key, master in self.masters.items()}
+        self._of = {
+            of_master[id(master)]: (made, group)
+            for _, made in self.buckets
+            for group in made.param_groups
+            for master in group["params"]
+        }
 
     def step(self, rate: float, clip: float, loss_scale: float = 1.0) -> float:
         """Clip by the global norm, update, clear the gradients; return the norm before clipping.
@@ -148,7 +155,7 @@ class Optimizer:
         divided: list[Tensor] = []
         for key, parameter in self.parameters.items():
             if parameter.grad is not None:
-                norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
+                norm = _norm(local(parameter.grad))
                 (whole if self._own[key] is parameter else divided).append(norm)
         if divided:
             square = float(torch.stack(divided).square().sum())
@@ -157,20 +164,41 @@ class Optimizer:
 
     @torch.no_grad()
     def _step_bucket(self, keys: list[str], made: torch.optim.Optimizer, rate: float, scale: float) -> None:
+        for group in made.param_groups:
+            group["lr"] = rate * group["factor"]
+        if self._kind == "adamw":
+            keys = [key for key in keys if not self._stepped(key, scale)]
         for key in keys:
             parameter, master = self.parameters[key], self.masters[key]
             if parameter.grad is not None:
                 gradient = local(parameter.grad).float()
                 parameter.grad = None
                 master.grad = gradient.mul_(scale) if scale != 1.0 else gradient
-        for group in made.param_groups:
-            group["lr"] = rate * group["factor"]
         made.step()
         for key in keys:
             master = self.masters[key]
             master.grad = None
             if master is not self._own[key]:
                 self._own[key].copy_(master)
+
+    def _stepped(self, key: str, scale: float) -> bool:
+        """Whether a kernel stepped a parameter: AdamW of 16-bit weights, without a copy of their gradient."""
+        parameter, master, gradient = self.parameters[key], self.masters[key], self.parameters[key].grad
+        kernels = kernels_for(parameter) if self._own[key] is parameter and parameter.is_contiguous() else None
+        if kernels is None or gradient is None or not gradient.is_contiguous():
+            return False
+        made, group = self._of[key]
+        state = made.state[master]
+        if not state:
+            moments = {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
+            state.update({"step": torch.zeros(()), **moments})
+        state["step"] += 1
+        taken, rate, (beta1, beta2) = float(state["step"]), group["lr"], group["betas"]
+        corrected, root = rate / (1 - beta1**taken), 1 / math.sqrt(1 - beta2**taken)
+        how = AdamW(scale, corrected, rate * group["weight_decay"], beta1, beta2, root, group["eps"])
+        kernels.adamw(parameter, master, (state["exp_avg"], state["exp_avg_sq"]), gradient, how)
+        parameter.grad = None
+        return True
 
     def _groups(self, keys: list[str]) -> Groups:
         """Parameters that are stepped alike, together: one call for all of them."""
@@ -195,7 +223,7 @@ class Optimizer:
             like = self.parameters[key]
             if master is not self._own[key]:
                 tensors[f"master/{key}"] = divided_like(master, like)
-            for part, value in self._of[key].state.get(master, {}).items():
+            for part, value in self._of[key][0].state.get(master, {}).items():
                 if value is not None:
                     tensors[f"{part}/{key}"] = divided_like(torch.as_tensor(value), like)
         return tensors
@@ -214,4 +242,10 @@ class Optimizer:
                     plain = part == "step" and not tensor.is_floating_point()
                     states.setdefault(key, {})[part] = int(tensor) if plain else tensor.to(master.device)
         for key, state in states.items():
-            self._of[key].state[self.masters[key]] = state
+            self._of[key][0].state[self.masters[key]] = state
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """Of all its numbers, in fp32; PyTorch's own takes longer for 16 bits on a CPU than the whole step does."""
+    kernels = kernels_for(gradient) if gradient.is_contiguous() else None
+    return kernels.norm_of(gradient) if kernels else torch.linalg.vector_norm(gradient, dtype=torch.float32)

@@ -13,6 +13,7 @@ from luthier.models.packing import Plan
 from luthier.models.where import kind_of
 
 Three = tuple[Tensor, Tensor, Tensor]
+SUMMED = 1 << 14  # numbers whose squares one thread adds up
 
 
 class FourBits(NamedTuple):
@@ -25,6 +26,18 @@ class FourBits(NamedTuple):
     code: Tensor
     by_rows: bool
     shape: tuple[int, int]  # as it is asked of
+
+
+class AdamW(NamedTuple):
+    """What a step of AdamW is told: the factor of gradients, the rate and the share that decays, and how moments are kept."""
+
+    scale: float
+    rate: float  # corrected for the bias of the first moment
+    decay: float
+    beta1: float
+    beta2: float
+    root: float  # 1 / sqrt(1 - beta2^t): the correction of the second
+    eps: float
 
 
 # Who wants to know of the work of calls, which PyTorch does not see: operations in products, and bytes read and written.
@@ -144,6 +157,18 @@ class Kernels:
         """The gradient of u into `into_u`, that of g into the upstream gradient's place, act(g) * u into `again`."""
         tensors = (upstream, g, u, upstream, into_u, again)
         self._call("luthier_activate_backward", tensors, (g.numel(),), kind=(kind,))
+
+    def norm_of(self, x: Tensor) -> Tensor:
+        """The norm of all numbers together in fp32, whatever the number of threads."""
+        sums = x.new_empty(-(-x.numel() // SUMMED), dtype=torch.float32)
+        self._call("luthier_squares", (x, sums), (x.numel(), SUMMED))
+        return sums.sum(dtype=torch.float64).sqrt().float()
+
+    def adamw(
+        self, weight: Tensor, master: Tensor, moments: tuple[Tensor, Tensor], gradient: Tensor, how: AdamW
+    ) -> None:
+        """Steps `master` and the moments, in fp32, and rounds it into `weight`; all alike in shape."""
+        self._call("luthier_adamw", (weight, master, *moments, gradient), (weight.numel(), *how))
 
     def attend(self, plan: Plan, how: How, heads: Three, out: Tensor, lse: Tensor, work: int) -> None:
         """Queries, keys, values (T, H, d) to out (T, H, d) and lse (H, T)."""

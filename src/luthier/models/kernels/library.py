@@ -17,7 +17,7 @@ import torch  # noqa: F401 - whose OpenMP is theirs
 from luthier.cached import cached, digest
 from luthier.errors import UserError
 
-SOURCES = ("product.c", "attention.c", "thin.c", "rows.c")
+SOURCES = ("product.c", "attention.c", "thin.c", "rows.c", "step.c")
 HEADERS = ("vectors.h", "lanes.h", "units.h", "tiles.h", "panels.h")
 FLAGS = (
     *("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-unused-function"),
@@ -79,6 +79,8 @@ ARGUMENTS = {
     "luthier_rotate": (PLACE, PLACE, PLACE, PLACE, LONG, LONG, LONG, FLOAT),
     "luthier_cross_entropy": (PLACE, PLACE, PLACE, PLACE, LONG, LONG, FLOAT),
     "luthier_activate": (INT, PLACE, PLACE, PLACE, LONG),
+    "luthier_squares": (PLACE, PLACE, LONG, LONG),
+    "luthier_adamw": (*5 * (PLACE,), LONG, *7 * (ctypes.c_double,)),
     "luthier_activate_backward": (INT, PLACE, PLACE, PLACE, PLACE, PLACE, PLACE, LONG),
 }
 
