@@ -57,7 +57,6 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, A
     "qwen2 few-shot": ("qwen2", {}, {}, {}, {"method": "few_shot", "shots": 3}),
     "qwen2 interpolate": ("qwen2", {}, {}, {"micro_batch_tokens": 512}, {"method": "interpolate", "of": "whole"}),
 }  # fmt: skip
-WORDS = ["the", "guest", "asks", "for", "a", "quiet", "room", "and", "pays", "two", "nights", "with", "card"]
 
 
 def make_base(family: str, folder: Path) -> str:
@@ -97,11 +96,21 @@ def make_base(family: str, folder: Path) -> str:
     return str(target)
 
 
+def vocabulary() -> list[str]:
+    """Words of one token each, from all over the default base's vocabulary: what is read of an embedding becomes resident."""
+    from transformers import AutoTokenizer
+
+    from luthier.models.embedded import embedded_folder
+
+    found = AutoTokenizer.from_pretrained(embedded_folder(SMOLLM2)).get_vocab()
+    return sorted(one[1:] for one in found if one[0] == "\u0120" and one[1:].isascii() and one[1:].isalpha())
+
+
 def make_rows(folder: Path, words: int) -> Path:
     """60 rows of up to so many words, with answers of a quarter of that."""
     file = folder / f"rows-{words}.jsonl"
-    draw = random.Random(0)
-    text = lambda most: " ".join(draw.choices(WORDS, k=draw.randint(most // 3, most)))  # noqa: E731
+    draw, known = random.Random(0), vocabulary()
+    text = lambda most: " ".join(draw.choices(known, k=draw.randint(most // 3, most)))  # noqa: E731
     file.write_text("".join(json.dumps({"text": text(words), "answer": text(words // 4)}) + "\n" for _ in range(60)))
     return file
 
