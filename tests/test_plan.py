@@ -9,7 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 from luthier.cli import app
+from luthier.data.shots import choose_shots, with_shots
 from luthier.encoding.batches import collate
+from luthier.held_out import DRAWS_APART
 from luthier.models.base import BaseModel
 from luthier.models.dry_run import dry_run
 from luthier.models.heap import Heap
@@ -19,6 +21,7 @@ from luthier.plan import plan
 from luthier.recipe_file import make_recipe
 from luthier.training.optimizer import Kind, Optimizer, master_bytes, state_bytes
 from luthier.tuning import METHODS, Full, LoRA, Method, PrefixTuning, attach, parameters
+from luthier.work import Work
 from tests import tiny
 from tests.tiny import DECODERS, ENCODER_DECODERS, UNPACKED
 from tests.training.test_loop import rows_for
@@ -197,3 +200,22 @@ def test_the_command_prints_a_plan_and_refuses_a_bad_recipe(content: dict, tmp_p
 
     with pytest.raises(UserError, match="does not exist"):
         CliRunner().invoke(app, ["plan", str(tmp_path / "none.yaml")], catch_exceptions=False)
+
+
+def test_what_is_planned_of_shots_are_the_runs_own(content: dict, tmp_path: Path) -> None:
+    """The prompts of the first batch, with the pairs that the run draws, as far as the context has room."""
+    real = tiny.make("llama")
+    real.config.save_pretrained(tmp_path)
+    real.tokenizer.save_pretrained(tmp_path)
+    tunings = {"asked": {"method": "zero_shot"}, "shown": {"method": "few_shot", "shots": 2, "draw": 3}}
+    recipe = make_recipe({**content, "base": {**content["base"], "model": str(tmp_path)}, "tunings": tunings})
+    base = BaseModel.skeleton(recipe.base)
+    encoder = recipe.read_encoder().widened(base.context)
+    task = recipe.tasks[0]
+    examples = recipe.examples(task)
+    shots = choose_shots(examples.train, 2, recipe.seed + DRAWS_APART * 3)
+    budget = encoder.max_length - task.max_new_tokens
+    expected = [encoder.prompt_ids(with_shots(one, shots, budget, encoder.count)) for one in examples.test]
+    found = Work.of(recipe, "shown", base).prompts
+    assert found and sorted(found) == sorted(expected)
+    assert sum(map(len, found)) > 2 * sum(map(len, Work.of(recipe, "asked", base).prompts))

@@ -1,10 +1,15 @@
-"""Rows of a finished run that its tunings were not trained on."""
+"""Rows that tunings are not trained on: those of a finished run, and those asked with examples before them."""
 
 from collections.abc import Sequence
 
-from luthier.data.task import Example, Task
+from luthier.data.shots import shown
+from luthier.data.task import Example, Examples, Task
+from luthier.encoding.encoder import Encoder
 from luthier.errors import UserError
 from luthier.recipe import Recipe
+from luthier.tuning import FewShot, Prompting
+
+DRAWS_APART = 1_000_003  # between the seeds of few-shot draws, so that no run's next seed draws the same
 
 
 def held_out(recipe: Recipe, tuning: str, limit: int) -> tuple[str, list[tuple[Task, Sequence[Example]]]]:
@@ -23,3 +28,17 @@ def held_out(recipe: Recipe, tuning: str, limit: int) -> tuple[str, list[tuple[T
     if not any(rows for _, rows in found):
         raise UserError(f"The run holds neither validation nor test rows of {', '.join(task.name for task in tasks)}.")
     return split, found
+
+
+def with_its_shots(
+    method: Prompting, tasks: Sequence[tuple[Task, Examples]], encoder: Encoder, seed: int
+) -> list[tuple[Task, Examples]]:
+    """Tasks whose validation and test rows have a prompting method's shots before them, as many as fit the encoder's rows."""
+    similar = isinstance(method, FewShot) and method.selection == "similar"
+    full = isinstance(method, FewShot) and method.shots == "full"
+    seed += DRAWS_APART * (method.draw if isinstance(method, FewShot) else 0)
+    asked = method.shot_count()
+    return [
+        (task, shown(each, asked, seed, encoder.max_length - task.max_new_tokens, encoder.count, similar, full))
+        for task, each in tasks
+    ]

@@ -1,17 +1,13 @@
 """A stage that trains nothing: the base asked as it is, with examples in its prompt, or with the best of several templates."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from luthier.data.shots import choose_shots, similar_shots, with_shots
-from luthier.data.task import Example, Examples, Task
+from luthier.held_out import with_its_shots
 from luthier.models.memory import peak_bytes
 from luthier.prompt_search import best_templates
 from luthier.scoring import Stage, encode, request_cost, score_tasks, validate, validation_examples
 from luthier.tuning import BestTemplate, FewShot, Prompting
-
-DRAWS_APART = 1_000_003  # between the seeds of few-shot draws, so that no run's next seed draws the same
 
 
 def prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
@@ -23,10 +19,8 @@ def prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
         stage = replace(stage, tasks=chosen)
     if asked:  # training's limit on rows is no limit on what the model can read
         stage = replace(stage, encoder=stage.encoder.widened(stage.base.context))
-    similar = isinstance(method, FewShot) and method.selection == "similar"
     full = isinstance(method, FewShot) and method.shots == "full"
-    seed = stage.recipe.seed + DRAWS_APART * (method.draw if isinstance(method, FewShot) else 0)
-    prepared = [(task, _shown(stage, task, examples, asked, similar, seed, full)) for task, examples in stage.tasks]
+    prepared = with_its_shots(method, stage.tasks, stage.encoder, stage.recipe.seed)
     kept = [len(example.shots) for _, examples in prepared for example in examples.test]
     if full:
         asked = max(kept)
@@ -55,22 +49,3 @@ def prompting(stage: Stage, name: str, method: Prompting) -> dict[str, Any]:
         "history": [],
         "cut": 0,
     }
-
-
-def _shown(
-    stage: Stage, task: Task, examples: Examples, asked: int, similar: bool, seed: int, full: bool = False
-) -> Examples:
-    """Validation and test with `asked` training examples in each prompt, or as many as fit; `full`: or as there are."""
-    if full:
-        asked = min(asked, sum(bool(one.completion) for one in examples.train))
-    budget = stage.encoder.max_length - task.max_new_tokens
-    same = choose_shots(examples.train, asked, seed) if asked and not similar else []
-
-    def put(rows: Sequence[Example]) -> list[Example]:
-        shots = similar_shots(examples.train, rows, asked, seed) if similar else [same] * len(rows)
-        return [
-            with_shots(row, shown, budget, stage.encoder.count, first_last=similar)
-            for row, shown in zip(rows, shots, strict=True)
-        ]
-
-    return replace(examples, validation=put(examples.validation), test=put(examples.test))

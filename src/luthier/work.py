@@ -1,26 +1,29 @@
 """What a stage has to run: the largest micro-batch, validation group and batch of prompts, and how many tokens in all."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Self
 
-from luthier.data.task import Example, Examples, Task
+from luthier.data.task import Examples, Task
 from luthier.encoding.batches import encode_all, micro_batches
 from luthier.encoding.encoder import Encoded, Encoder, cut_middle
 from luthier.encoding.order import step_rows
 from luthier.evaluation.score import EVALUATION_TOKENS
+from luthier.held_out import with_its_shots
 from luthier.models.base import BaseModel
 from luthier.models.generate import batches_by_length
 from luthier.models.load import resolve_device
-from luthier.recipe import AnyMethod, Recipe
+from luthier.recipe import Recipe
 from luthier.training_rows import training_rows
-from luthier.tuning import FewShot, Interpolation, Method, Prompting
+from luthier.tuning import Interpolation, Method, Prompting
 
 # More training rows than this are not encoded for a plan; so many steps are looked at for the largest micro-batch.
 FEW_ROWS, STEPS = 20_000, 500
 # Of validation and test so many rows are looked at for the longest.
 LOOKED_AT = 2_000
+# Of those with shots, so many of the longest.
+LONGEST = 64
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,13 @@ class Work:
         tokens, said = 0, ""
         if isinstance(method, Method):
             steps, tokens, said = _training(recipe, name, tasks, encoder, reserve, base)
+        if isinstance(method, Prompting) and method.shot_count():
+            encoder = encoder.widened(base.context)
+            tasks = with_its_shots(method, [(task, _longest(each)) for task, each in tasks], encoder, recipe.seed)
         chosen = recipe.tunings[method.of if isinstance(method, Interpolation) else name].tasks
         held = [one for task, each in tasks if not chosen or task.name in chosen for one in each.validation[:LOOKED_AT]]
-        extra = _shots(method, tasks, encoder)
-        if extra:
-            encoder = encoder.widened(base.context)
-            extra = min(extra, encoder.max_length)
-        groups = micro_batches(
-            [_longer(row, extra, encoder.max_length) for row in encode_all(encoder, held, reserve)],
-            EVALUATION_TOKENS,
-            padded=base.pads,
-        )
-        apart = isinstance(method, FewShot) and method.selection == "similar"
-        prompts, new_tokens = _prompts(tasks, encoder, reserve, extra, apart)
+        groups = micro_batches(encode_all(encoder, held, reserve), EVALUATION_TOKENS, padded=base.pads)
+        prompts, new_tokens = _prompts(tasks, encoder, reserve)
         if prompts:
             together = batches_by_length(prompts, device=resolve_device(recipe.base.device).type)[0]
             prompts = [prompts[place] for place in together]
@@ -109,33 +106,18 @@ def _training(
     return [groups[0], *groups[:2]], steps * sum(map(len, rows)), said
 
 
-def _shots(method: AnyMethod, tasks: list[tuple[Task, Examples]], encoder: Encoder) -> int:
-    """Tokens that shots add to a prompt, at most."""
-    asked = method.shot_count() if isinstance(method, Prompting) else 0
-    if not asked:
-        return 0
-    return asked * max((encoder.count(one) for _, each in tasks for one in islice(each.train, LOOKED_AT)), default=0)
+def _longest(examples: Examples) -> Examples:
+    """The longest of the first rows: counting what fits with shots takes time."""
+    pick = lambda rows: sorted(islice(rows, LOOKED_AT), key=lambda one: -len(one.prompt))[:LONGEST]  # noqa: E731
+    return replace(examples, validation=pick(examples.validation), test=pick(examples.test))
 
 
-def _longer(row: Encoded, extra: int, limit: int) -> Encoded:
-    room = max(0, limit - len(row.prompt) - len(row.target))
-    return Encoded(row.id, row.prompt + [0] * min(extra, room), row.target) if extra else row
-
-
-def _prompts(
-    tasks: list[tuple[Task, Examples]], encoder: Encoder, reserve: int, extra: int, apart: bool
-) -> tuple[list[list[int]], int]:
-    """The prompts, and the most tokens that are written behind them.
-
-    The shots stand before them, the same for all and so computed once; or each row has its own (`apart`).
-    """
+def _prompts(tasks: Sequence[tuple[Task, Examples]], encoder: Encoder, reserve: int) -> tuple[list[list[int]], int]:
+    """The prompts, and the most tokens that are written behind them."""
     found: list[list[int]] = []
     most = 0
     for task, each in tasks:
-        examples: list[Example] = list(islice(each.test, LOOKED_AT))
         room = max(1, encoder.max_length - (0 if encoder.encoder_decoder else reserve + task.max_new_tokens))
-        for place, one in enumerate(examples):
-            shots = [0] * extra if not apart else [place] * extra
-            found.append(cut_middle([*shots, *encoder.prompt_ids(one)], room))
+        found += [cut_middle(encoder.prompt_ids(one), room) for one in islice(each.test, LOOKED_AT)]
         most = max(most, task.max_new_tokens)
     return found, most

@@ -324,6 +324,7 @@ def test_a_norm_is_the_formula(size: int) -> None:
     torch.testing.assert_close(found.double(), x.double().norm(), rtol=1e-6, atol=0)
 
 
+@built
 @pytest.mark.parametrize("size", [1, 17, 40_000])
 def test_adamws_step_is_the_formula(size: int) -> None:
     """Read in float64, its numbers; the weight is the master to the bit of rounding."""
@@ -341,6 +342,7 @@ def test_adamws_step_is_the_formula(size: int) -> None:
     assert torch.equal(weight, master.bfloat16())
 
 
+@built
 def test_no_rows_are_no_numbers() -> None:
     out = torch.empty(0, 5).bfloat16()
     matmul.product(numbers(0, 6), numbers(6, 5), out)

@@ -1,6 +1,8 @@
 """4-bit bases: the numbers are bitsandbytes' and the paper's, the product is a plain linear's, the rest is untouched."""
 
+import copy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import bitsandbytes.functional as oracle
 import pytest
@@ -167,3 +169,30 @@ def test_linears_of_a_model_are_unpacked_into_one_place() -> None:
         found = layer.unpacked()
         assert found.data_ptr() == place and torch.equal(found, whole)
         assert whole.data_ptr() != place
+
+
+@pytest.mark.parametrize(
+    ("shape", "storage"), [((50, 30), torch.uint8), ((64, 64), torch.bfloat16), ((64, 64), torch.float32)]
+)
+def test_a_weight_is_unpacked_however_it_was_saved(shape: tuple[int, int], storage: torch.dtype) -> None:
+    """(50, 30) in blocks as bitsandbytes itself cuts them: the last one is no whole one."""
+    weight = torch.randn(shape)
+    layer = layer_of(weight)
+    layer.packed, layer.state = oracle.quantize_4bit(
+        weight, blocksize=64, compress_statistics=True, quant_type="nf4", quant_storage=storage
+    )
+    expected = oracle.dequantize_4bit(layer.packed, layer.state)
+    assert torch.equal(layer.unpacked(), expected)
+
+
+def test_each_thread_unpacks_into_a_place_of_its_own() -> None:
+    base = tiny.make("llama", quantize="nf4")
+    first, second = [one for one in base.model.modules() if isinstance(one, QuantizedLinear)][:2]
+    with ThreadPoolExecutor(1) as other:
+        mine = first.unpacked()
+        other.submit(second.unpacked).result()
+        assert torch.equal(mine, first.dequantized())
+    with torch.inference_mode():
+        first.unpacked()
+    assert torch.equal(first.unpacked(), first.dequantized())
+    assert copy.deepcopy(first).unpacked().data_ptr() != first.unpacked().data_ptr()

@@ -6,6 +6,7 @@ from tests import tiny
 from tests.training.test_loop import rows_for
 from torch.nn import Parameter
 
+from luthier.errors import UserError
 from luthier.training.loop import accumulate
 from luthier.training.optimizer import Optimizer, scattered
 from luthier.tuning import Full, attach
@@ -98,3 +99,10 @@ def test_adamw_is_torchs_on_the_masters(dtype: torch.dtype, kernels: bool, monke
     for key, twin in twins.items():
         for part, expected in plain.state[twin].items():
             torch.testing.assert_close(state[f"{part}/{key}"].cpu(), expected.cpu(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.bfloat16)])
+def test_a_moment_of_another_shape_is_refused(wrong: torch.Tensor) -> None:
+    optimizer = Optimizer({"w": Parameter(torch.ones(2, 3, dtype=torch.bfloat16))}, 0.0)
+    with pytest.raises(UserError, match="exp_avg/w is .* it is damaged"):
+        optimizer.restore({"exp_avg/w": wrong})

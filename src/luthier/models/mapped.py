@@ -17,11 +17,13 @@ class MappedFiles:
 
     def __init__(self) -> None:
         self._runs: list[tuple[int, int]] = []  # [start, stop) of each, in order
-        found = None
+        found, written = None, ""
         for line in _smaps():
             if start := _START.match(line):
                 found = (int(start[1], 16), int(start[2], 16)) if start[3] != "0" else None
-            elif found and line.split() == ["Anonymous:", "0", "kB"]:  # pages written into would be
+            elif line.startswith("Anonymous:"):  # pages written into, and below such as were swapped out
+                written = line.split()[1]
+            elif found and line.startswith("Swap:") and written == line.split()[1] == "0":
                 self._runs.append(found)
 
     def let_go(self, tensor: Tensor) -> None:
@@ -37,6 +39,6 @@ class MappedFiles:
 
 def _smaps() -> list[str]:
     try:
-        return Path("/proc/self/smaps").read_text().splitlines()
+        return Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []

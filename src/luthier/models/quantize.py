@@ -13,6 +13,7 @@ repacks the weights inside forward where nothing asks for gradients, and so chan
 
 import copy
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -27,10 +28,25 @@ from luthier.models.allocator import give_back_freed_memory
 from luthier.models.kernels.calls import FourBits
 from luthier.models.mapped import MappedFiles
 from luthier.models.scratch import Scratch
+from luthier.models.where import kind_of
 
 Quantization = Literal["nf4"]
 BLOCK = 64
 PART = 4096  # blocks that are unpacked at once
+
+
+class Rooms(threading.local):
+    """Where a weight stands while it is multiplied with: all linears of a model share one place, each thread its own."""
+
+    def __init__(self) -> None:
+        self.scratch, self.inference = Scratch(), Scratch()
+
+    def __deepcopy__(self, memo: Any) -> "Rooms":
+        return Rooms()
+
+    def own(self) -> Scratch:
+        """What is made in inference mode may not be written outside it."""
+        return self.inference if torch.is_inference_mode_enabled() else self.scratch
 
 
 class QuantizedLinear(nn.Linear):
@@ -46,10 +62,10 @@ class QuantizedLinear(nn.Linear):
         device: torch.device,
         double: bool,
         transposed: bool = False,
-        room: Scratch | None = None,
+        rooms: Rooms | None = None,
     ):
         nn.Module.__init__(self)
-        self.room = room or Scratch()  # for the weight while it is multiplied with; all linears of a model share it
+        self.rooms = rooms or Rooms()
         self.transposed = transposed  # the architecture stores (in, out), as GPT-2 does
         self.out_features, self.in_features = weight.shape
         self.weight = Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
@@ -84,15 +100,21 @@ class QuantizedLinear(nn.Linear):
 
         On a CPU by parts: a whole weight leaves a hole in the heap that after a few smaller tensors fits no other one.
         """
-        if self.packed is None or self.packed.device.type == "cuda" or self.state.blocksize != BLOCK:
+        assert self.packed is not None, "a skeleton has no weights"
+        numbers = self.packed.view(torch.uint8).flatten()  # it may be kept as others, of several bytes
+        if kind_of(numbers) == "cuda" or self.state.blocksize != BLOCK or numbers.numel() % (BLOCK // 2):
             return self.dequantized()
-        room = self.room.take("weight", (self.packed.numel() // (BLOCK // 2), BLOCK), self.packed, self.state.dtype)
-        packed, scale = self.packed.view(-1, BLOCK // 2), self._scale()
-        for start in range(0, len(room), PART):
-            part = packed[start : start + PART].reshape(-1, 1)
-            shape = (len(part) * 2 // BLOCK, BLOCK)
+        packed, scale = numbers.view(-1, BLOCK // 2), self._scale()
+        room = self.rooms.own().take("weight", (len(packed), BLOCK), packed, self.state.dtype)
+        for start in range(0, len(packed), PART):
+            part = packed[start : start + PART]
             room[start : start + PART] = torch.ops.bitsandbytes.dequantize_4bit.default(
-                part, scale[start : start + PART], BLOCK, self.state.quant_type, shape, self.state.dtype
+                part.reshape(-1, 1),
+                scale[start : start + PART],
+                BLOCK,
+                self.state.quant_type,
+                (len(part), BLOCK),
+                self.state.dtype,
             )
         return room.view(-1)[: self.weight.numel()].view(self.weight.shape)
 
@@ -152,14 +174,14 @@ def is_packed(model: Any) -> bool:
 
 def adopt_packed(model: Any) -> None:
     """Put our layer in the place of each that was saved in 4 bits; the numbers stay."""
-    room = Scratch()
+    rooms = Rooms()
     for path, module in list(model.named_modules()):
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is None:
             continue
         out, inputs = state.shape
         weight, device = torch.empty(out, inputs, dtype=state.dtype, device="meta"), torch.device("meta")
-        layer = QuantizedLinear(weight, module.bias, device, state.nested, room=room)
+        layer = QuantizedLinear(weight, module.bias, device, state.nested, rooms=rooms)
         layer.packed, layer.state = module.weight.data, copy.copy(state)
         if out * inputs % state.blocksize == 0:
             layer.state.shape = torch.Size((out * inputs // state.blocksize, state.blocksize))
@@ -175,14 +197,14 @@ def quantize_linears(model: Any, device: torch.device, double: bool) -> None:
     _functional()
     head = model.get_output_embeddings()
     paths = [path for path, one in model.named_modules() if isinstance(one, (nn.Linear, Conv1D)) and one is not head]
-    files, room = MappedFiles(), Scratch()
+    files, rooms = MappedFiles(), Rooms()
     for path in paths:  # (a list of the modules would keep every dense weight alive to the end)
         parent, _, key = path.rpartition(".")
         owner = model.get_submodule(parent)
         module: Any = getattr(owner, key)
         turned = isinstance(module, Conv1D)
         weight = module.weight.T if turned else module.weight
-        packed = QuantizedLinear(weight, module.bias, device, double, turned, room)
+        packed = QuantizedLinear(weight, module.bias, device, double, turned, rooms)
         setattr(owner, key, packed)
         if packed.packed is not None:
             files.let_go(module.weight)

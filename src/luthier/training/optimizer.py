@@ -242,6 +242,9 @@ class Optimizer:
                     plain = part == "step" and not tensor.is_floating_point()
                     states.setdefault(key, {})[part] = int(tensor) if plain else tensor.to(master.device)
         for key, state in states.items():
+            for part, value in state.items():
+                if part.startswith("exp_avg"):
+                    _check(f"{part}/{key}", value, self.masters[key])
             self._of[key][0].state[self.masters[key]] = state
 
 
@@ -249,3 +252,12 @@ def _norm(gradient: Tensor) -> Tensor:
     """Of all its numbers, in fp32; PyTorch's own takes longer for 16 bits on a CPU than the whole step does."""
     kernels = kernels_for(gradient) if gradient.is_contiguous() else None
     return kernels.norm_of(gradient) if kernels else torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+
+def _check(name: str, moment: Tensor, master: Tensor) -> None:
+    """Raise UserError for a moment that a kernel would read beyond its end."""
+    if moment.shape != master.shape or moment.dtype != torch.float32:
+        raise UserError(
+            f"The checkpoint's {name} is {moment.dtype} of shape {tuple(moment.shape)}, and not float32 of "
+            f"{tuple(master.shape)} as its weight's: it is damaged. Delete it, or start anew without --resume."
+        )
