@@ -15,8 +15,11 @@ from luthier.held_out import DRAWS_APART
 from luthier.models.base import BaseModel
 from luthier.models.dry_run import dry_run
 from luthier.models.heap import Heap
+from luthier.models.kernels.library import library
 from luthier.models.ledger import Ledger
 from luthier.models.loss import loss_sum
+from luthier.models.quantize import QuantizedLinear
+from luthier.phases import PACKING, READING, _DryOptimizer, loading
 from luthier.plan import plan
 from luthier.recipe_file import make_recipe
 from luthier.training.optimizer import Kind, Optimizer, master_bytes, state_bytes
@@ -219,3 +222,43 @@ def test_what_is_planned_of_shots_are_the_runs_own(content: dict, tmp_path: Path
     found = Work.of(recipe, "shown", base).prompts
     assert found and sorted(found) == sorted(expected)
     assert sum(map(len, found)) > 2 * sum(map(len, Work.of(recipe, "asked", base).prompts))
+
+
+def test_loading_counts_what_is_mapped_and_copied_at_once() -> None:
+    """In another precision the whole file and the copies; in 4 bits what is not packed, once mapped and once copied."""
+    plain, packed = tiny.make("llama"), tiny.make("llama", quantize="nf4")
+    numbers = sum(one.numel() for one in plain.model.parameters())
+    linears = [one for one in packed.model.modules() if isinstance(one, QuantizedLinear)]
+    left = numbers - sum(one.weight.numel() for one in linears)
+    kept = held([*plain.model.parameters(), *plain.model.buffers()])
+    assert sum(loading(plain, torch.float32).values()) == kept + READING
+    buffers = held(plain.model.buffers())
+    assert sum(loading(plain, torch.bfloat16).values()) == numbers * (2 + 4) + READING
+    in_four_bits = held([*(one.packed for one in linears), *(one.state.absmax for one in linears)])
+    found = loading(packed, torch.float32)
+    assert found["weights"] == in_four_bits + left * 4 + buffers
+    assert sum(found.values()) == found["weights"] + left * 4 + READING + PACKING
+
+
+@pytest.mark.skipif(isinstance(library(), str), reason=f"no kernels: {library()}")
+def test_only_without_kernels_are_16_bit_gradients_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    def most() -> tuple[int, int]:
+        base = tiny.make("llama", torch.bfloat16)
+        shape = type(base.model)(base.config).to("meta", torch.bfloat16)
+        skeleton = BaseModel(shape, base.tokenizer)
+        attach(skeleton, "t", Full())
+        owned = parameters(skeleton, "t")
+        for parameter in owned.values():
+            parameter.grad = torch.empty_like(parameter)
+        ledger = Ledger()
+        with dry_run(skeleton, torch.device("cpu")), ledger:
+            optimizer = _DryOptimizer(owned, "adamw")
+            ledger.restart()
+            optimizer.step(ledger)
+        copied = ledger.peak - sum(one.numel() for one in optimizer.states)
+        return copied, 4 * sum(one.numel() for one in owned.values())
+
+    assert most()[0] <= 0  # gradients were there before the ledger, and go
+    monkeypatch.setattr("luthier.models.kernels.calls.library", lambda: "switched off")
+    copied, expected = most()
+    assert copied == expected

@@ -1,8 +1,10 @@
 """Rows that tunings are not trained on: those of a finished run, and those asked with examples before them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from luthier.data.shots import shown
+from luthier.data.shots import choose_shots, similar_shots, with_shots
 from luthier.data.task import Example, Examples, Task
 from luthier.encoding.encoder import Encoder
 from luthier.errors import UserError
@@ -33,12 +35,26 @@ def held_out(recipe: Recipe, tuning: str, limit: int) -> tuple[str, list[tuple[T
 def with_its_shots(
     method: Prompting, tasks: Sequence[tuple[Task, Examples]], encoder: Encoder, seed: int
 ) -> list[tuple[Task, Examples]]:
-    """Tasks whose validation and test rows have a prompting method's shots before them, as many as fit the encoder's rows."""
-    similar = isinstance(method, FewShot) and method.selection == "similar"
-    full = isinstance(method, FewShot) and method.shots == "full"
-    seed += DRAWS_APART * (method.draw if isinstance(method, FewShot) else 0)
-    asked = method.shot_count()
-    return [
-        (task, shown(each, asked, seed, encoder.max_length - task.max_new_tokens, encoder.count, similar, full))
-        for task, each in tasks
-    ]
+    """Tasks whose validation and test rows have a prompting method's training pairs before them, the same for all or those most
+    like each, as many as fit the encoder's rows.
+    """
+    if not isinstance(method, FewShot):
+        return list(tasks)
+    seed += DRAWS_APART * method.draw
+    similar = method.selection == "similar"
+    found = []
+    for task, examples in tasks:
+        asked, budget = method.shot_count(), encoder.max_length - task.max_new_tokens
+        if method.shots == "full":
+            asked = min(asked, sum(bool(one.completion) for one in examples.train))
+        same = [] if similar else choose_shots(examples.train, asked, seed)
+        splits: dict[str, Any] = {}
+        for split in ("validation", "test"):
+            rows = getattr(examples, split)
+            pairs = similar_shots(examples.train, rows, asked, seed) if similar else [same] * len(rows)
+            splits[split] = [
+                with_shots(row, each, budget, encoder.count, first_last=similar)
+                for row, each in zip(rows, pairs, strict=True)
+            ]
+        found.append((task, replace(examples, **splits)))
+    return found

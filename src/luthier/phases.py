@@ -20,14 +20,13 @@ from luthier.models.batch import Packed
 from luthier.models.frozen import SLICED, only_blocks
 from luthier.models.generate import decode_step, prefill
 from luthier.models.heap import Heap
-from luthier.models.kernels.calls import kernels_for
 from luthier.models.ledger import Ledger
 from luthier.models.loss import label_scores, loss_sum
 from luthier.models.quantize import QuantizedLinear
 from luthier.models.recompute import recomputed
 from luthier.models.run import encode
 from luthier.models.where import stands_for
-from luthier.training.optimizer import Kind, Optimizer, bucket_keys, master_bytes, state_bytes
+from luthier.training.optimizer import Kind, Optimizer, adamw_kernels, bucket_keys, master_bytes, state_bytes
 from luthier.training.settings import TrainingSettings
 from luthier.work import Work
 
@@ -108,7 +107,7 @@ class _DryOptimizer:
             copies = []  # in fp32, of a bucket's gradients in 16 bits, which kernels read as they are
             for key in keys:
                 if (gradient := self.owned[key].grad) is not None:
-                    if self.kind != "adamw" or kernels_for(gradient) is None:
+                    if adamw_kernels(self.kind, gradient) is None:
                         copies.append(gradient.float())
                     self.owned[key].grad = None
             del copies

@@ -12,18 +12,16 @@ from luthier.encoding.order import step_rows
 from luthier.evaluation.score import EVALUATION_TOKENS
 from luthier.held_out import with_its_shots
 from luthier.models.base import BaseModel
-from luthier.models.generate import batches_by_length
+from luthier.models.generate import MOST_ROWS, batches_by_length
 from luthier.models.load import resolve_device
 from luthier.recipe import Recipe
 from luthier.training_rows import training_rows
-from luthier.tuning import Interpolation, Method, Prompting
+from luthier.tuning import FewShot, Interpolation, Method
 
 # More training rows than this are not encoded for a plan; so many steps are looked at for the largest micro-batch.
 FEW_ROWS, STEPS = 20_000, 500
 # Of validation and test so many rows are looked at for the longest.
 LOOKED_AT = 2_000
-# Of those with shots, so many of the longest.
-LONGEST = 64
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Work:
         tokens, said = 0, ""
         if isinstance(method, Method):
             steps, tokens, said = _training(recipe, name, tasks, encoder, reserve, base)
-        if isinstance(method, Prompting) and method.shot_count():
+        if isinstance(method, FewShot):
             encoder = encoder.widened(base.context)
             tasks = with_its_shots(method, [(task, _longest(each)) for task, each in tasks], encoder, recipe.seed)
         chosen = recipe.tunings[method.of if isinstance(method, Interpolation) else name].tasks
@@ -107,8 +105,8 @@ def _training(
 
 
 def _longest(examples: Examples) -> Examples:
-    """The longest of the first rows: counting what fits with shots takes time."""
-    pick = lambda rows: sorted(islice(rows, LOOKED_AT), key=lambda one: -len(one.prompt))[:LONGEST]  # noqa: E731
+    """The longest of the first rows, as many as may be decoded together: counting what fits with shots takes time."""
+    pick = lambda rows: sorted(islice(rows, LOOKED_AT), key=lambda one: -len(one.prompt))[:MOST_ROWS]  # noqa: E731
     return replace(examples, validation=pick(examples.validation), test=pick(examples.test))
 
 

@@ -8,9 +8,11 @@ from tests import tiny
 
 from luthier.encoding.batches import collate
 from luthier.encoding.encoder import Encoded
+from luthier.models import attention
 from luthier.models import generate as generating
 from luthier.models.decoding import Decoding, narrowed
 from luthier.models.generate import batches_by_length, generate
+from luthier.models.packing import SEEN
 from luthier.models.run import target_states
 from luthier.tuning import IA3, Bottleneck, LoRA, PrefixTuning, PromptTuning, Selective, attach, parameters
 from luthier.tuning.dora import DoRA
@@ -139,6 +141,8 @@ def test_what_prompts_share_is_computed_and_kept_once(
     rooms = {name: {tuple(one.shape)[::2] for one in kept} for name, kept in cache.rooms.items()}
     assert rooms["shared keys"] == rooms["shared values"] == {(1, before)}
     assert rooms["keys"] == rooms["values"] == {(len(prompts), max(own) + 8)}
+    places = {name: {one.untyped_storage().data_ptr() for one in kept} for name, kept in cache.rooms.items()}
+    assert all(len(each) == 1 for each in places.values()), "all layers' are made at once"
     assert found == [slow(base, prompt, 8, 2) for prompt in prompts]
 
 
@@ -222,3 +226,23 @@ def test_what_follows_from_a_tunings_weights_is_derived_once_an_answer_and_anew_
         assert found == generate(fresh, prompts, 8, [])
         answers.append(found)
     assert answers[0] != answers[1], "the change of the weights was not seen"
+
+
+def test_rows_that_are_decoded_see_keys_of_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none of those that they have not filled: the answers are those of rows by themselves."""
+    base = tiny.make("llama")
+    prompts = prompts_for(base.embedding.weight.shape[0], 4)
+    attended, sizes = attention._attend_cached, []
+    monkeypatch.setattr(attention, "_attend_cached", lambda *given: sizes.append(given[2].shape[2]) or attended(*given))
+    found = generate(base, prompts, 70, [])
+    capacity = max(map(len, prompts)) + 70
+    assert len(sizes) == 69 * base.blocks
+    assert set(sizes) <= {min(size, capacity) for size in range(SEEN, capacity + SEEN, SEEN)} and 1 < len(set(sizes)) < 10
+    assert found == [generate(base, [prompt], 70, [])[0] for prompt in prompts]
+
+
+def test_rows_that_go_on_mostly_stay_where_they_are() -> None:
+    for kept in ([0, 1, 2], [1, 2, 4, 5], [3], [0, 4], [2, 3, 4]):
+        order = generating._with_few_moved(kept)
+        assert sorted(order) == kept
+        assert all(order[place] == place for place in kept if place < len(kept))

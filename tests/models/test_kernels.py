@@ -292,7 +292,14 @@ def test_no_bit_depends_on_the_number_of_threads(on_threads, rows: int) -> None:
         found = attend(*inputs, Fused(pieces, plan_of(pieces), 0.3, True))
         gradients = torch.autograd.grad(found, inputs, numbers(1, 131, 6, 16, seed=9))
         more = matmul.gradient(upstream, x), kernels.narrow(x, numbers(8, 90)), kernels.outer(low, x)
-        return [out, found.detach(), *gradients, *more, kernels.norm_weight(x, x, torch.ones(rows, 1))]
+        return [
+            out,
+            found.detach(),
+            *gradients,
+            *more,
+            kernels.norm_weight(x, x, torch.ones(rows, 1)),
+            kernels.norm_of(upstream),
+        ]
 
     one, *others = (on_threads(threads, work) for threads in (1, 2, 3, 4))
     for other in others:

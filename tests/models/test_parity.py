@@ -94,7 +94,9 @@ def test_chunked_loss_has_autograds_gradient(family: str) -> None:
     plain = torch.nn.functional.cross_entropy(base.logits(states).float(), labels, reduction="sum")
     expected = torch.autograd.grad(plain * 0.5, [states, head])
     ours = module._HeadLoss.apply(states, labels, base, 0.0, *base.head_parameters())
-    found = torch.autograd.grad(ours * 0.5, [states, head])
+    found = torch.autograd.grad(ours * 0.5, [states, head], retain_graph=True)
     torch.testing.assert_close(ours, plain)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # they were scaled where they stood
+        torch.autograd.grad(ours * 0.5, [states, head])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-from luthier.data.task import Example, Examples
+from luthier.data.task import Example
 from luthier.errors import UserError
 
 FEW = 8  # so many are counted together first: they mostly fit
@@ -34,32 +34,6 @@ def similar_shots(
         return []
     found, _ = ranking.retrieve(_words([one.prompt for one in questions]), k=count, show_progress=False)
     return [[(candidates[place].prompt, candidates[place].completion) for place in row] for row in found]
-
-
-def shown(
-    examples: Examples,
-    asked: int,
-    seed: int,
-    budget: int,
-    count_tokens: Callable[[Example], int],
-    similar: bool = False,
-    full: bool = False,
-) -> Examples:
-    """Validation and test with `asked` training pairs in each prompt, the same for all or those like it, or as many as fit into
-    `budget`; `full`: or as there are.
-    """
-    if full:
-        asked = min(asked, sum(bool(one.completion) for one in examples.train))
-    same = choose_shots(examples.train, asked, seed) if asked and not similar else []
-
-    def put(rows: Sequence[Example]) -> list[Example]:
-        shots = similar_shots(examples.train, rows, asked, seed) if similar else [same] * len(rows)
-        return [
-            with_shots(row, each, budget, count_tokens, first_last=similar)
-            for row, each in zip(rows, shots, strict=True)
-        ]
-
-    return replace(examples, validation=put(examples.validation), test=put(examples.test))
 
 
 def needs_similar() -> None:

@@ -51,8 +51,9 @@ class BaseModel:
             adopt_packed(model)
             self._fingerprint = _fingerprint(model, dict(model.named_parameters()))
         elif self.spec.quantize or is_packed(model):
-            self._fingerprint = None if skeleton else _fingerprint(model, dict(model.named_parameters()))
-            quantize_linears(model, device or model.device, self.spec.double_quantize)
+            files = MappedFiles()
+            self._fingerprint = None if skeleton else _fingerprint(model, dict(model.named_parameters()), files)
+            quantize_linears(model, device or model.device, self.spec.double_quantize, files)
         if device is not None:
             model.to(device)
         self.model = model.eval().requires_grad_(False)
@@ -202,15 +203,16 @@ class BaseModel:
         return [parameter for parameter in reached if parameter.requires_grad]
 
 
-def _fingerprint(model: Any, parameters: Mapping[str, Tensor]) -> str:
+def _fingerprint(model: Any, parameters: Mapping[str, Tensor], files: MappedFiles | None = None) -> str:
+    """Of some numbers of each weight; the pages of `files` that were read for it are let go."""
     family, blocks = model.config.model_type, int(model.config.num_hidden_layers)
     width = model.get_input_embeddings().weight.shape[1]
     digest = hashlib.sha256(f"{family} {blocks} {width}".encode())
     packed = {f"{path}.weight": one for path, one in model.named_modules() if isinstance(one, QuantizedLinear)}
-    files = MappedFiles()
     for name, parameter in sorted(parameters.items()):
         flat = (packed[name].dequantized() if name in packed else parameter.detach()).flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-        files.let_go(parameter)
+        if files:
+            files.let_go(parameter)
     return digest.hexdigest()[:16]

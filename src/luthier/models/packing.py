@@ -49,9 +49,8 @@ class RowCache:
         if self.filled is None:
             self._store(key, value, layer)
             return key, value
-        rows, places = torch.arange(key.shape[0], device=key.device), self.filled - self.before
         for name, heads in (("keys", key), ("values", value)):
-            self.rooms[name][layer][rows, :, places] = heads[:, :, 0]
+            self.rooms[name][layer][self._rows, :, self._places] = heads[:, :, 0]
         seen = max(self.lengths) + 1
         return self.own(layer, seen + -seen % SEEN)
 
@@ -88,19 +87,24 @@ class RowCache:
 
     def prompts_are_in(self, device: torch.device) -> None:
         """From here on each update is one new token a row."""
-        self.filled = torch.tensor(self.lengths, device=device) + self.before
+        self._stand(torch.tensor(self.lengths, device=device) + self.before)
+
+    def _stand(self, filled: Tensor) -> None:
+        """The rows hold so many tokens: where the next ones go, for all layers."""
+        self.filled, self._places = filled, filled - self.before
+        self._rows = torch.arange(len(filled), device=filled.device)
 
     def advance(self) -> None:
         """Count the token that the last step stored."""
         assert self.filled is not None
-        self.filled = self.filled + 1
+        self._stand(self.filled + 1)
         self.lengths = [length + 1 for length in self.lengths]
 
     def keep(self, rows: Sequence[int]) -> None:
         """The rows are these from here on, in this order: finished ones leave the batch, beams come from one another."""
         assert self.filled is not None
         self.lengths = [self.lengths[row] for row in rows]
-        self.filled = self.filled[torch.tensor(rows, device=self.filled.device)]
+        self._stand(self.filled[torch.tensor(rows, device=self.filled.device)])
         moved = [place for place, row in enumerate(rows) if place != row]
         if moved:
             into = torch.tensor(moved, device=self.filled.device)

@@ -189,15 +189,15 @@ def adopt_packed(model: Any) -> None:
         setattr(model.get_submodule(parent), key, layer)
 
 
-def quantize_linears(model: Any, device: torch.device, double: bool) -> None:
-    """Replace every linear but the output head by its 4-bit form on `device`, one after another.
+def quantize_linears(model: Any, device: torch.device, double: bool, files: MappedFiles) -> None:
+    """Replace every linear but the output head by its 4-bit form on `device`, one after another, and let go of their pages.
 
     On the meta device only the shapes change. Raises UserError where bitsandbytes is not installed.
     """
     _functional()
     head = model.get_output_embeddings()
     paths = [path for path, one in model.named_modules() if isinstance(one, (nn.Linear, Conv1D)) and one is not head]
-    files, rooms = MappedFiles(), Rooms()
+    rooms = Rooms()
     for path in paths:  # (a list of the modules would keep every dense weight alive to the end)
         parent, _, key = path.rpartition(".")
         owner = model.get_submodule(parent)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from luthier.errors import UserError
-from luthier.models.kernels.calls import AdamW, kernels_for
+from luthier.models.kernels.calls import AdamW, Kernels, kernels_for
 from luthier.models.shard import divided_like, local, locals_of
 from luthier.training.ranks import ALONE, Ranks
 
@@ -76,6 +76,11 @@ def state_bytes(parameter: Tensor, kind: Kind) -> list[int]:
     # blocks of 256 with a scale each; small tensors stay in fp32
     blocks = 4 * -(-count // 256)
     return [4, count, count, blocks, blocks] if count >= 4096 else [4, 4 * count, 4 * count]
+
+
+def adamw_kernels(kind: Kind, parameter: Tensor) -> Kernels | None:
+    """What steps a parameter without an fp32 copy of its gradient, if anything does."""
+    return kernels_for(parameter) if kind == "adamw" and parameter.is_contiguous() else None
 
 
 def bucket_keys(parameters: Mapping[str, Tensor]) -> list[list[str]]:
@@ -166,8 +171,7 @@ class Optimizer:
     def _step_bucket(self, keys: list[str], made: torch.optim.Optimizer, rate: float, scale: float) -> None:
         for group in made.param_groups:
             group["lr"] = rate * group["factor"]
-        if self._kind == "adamw":
-            keys = [key for key in keys if not self._stepped(key, scale)]
+        keys = [key for key in keys if not self._stepped(key, scale)]
         for key in keys:
             parameter, master = self.parameters[key], self.masters[key]
             if parameter.grad is not None:
@@ -184,7 +188,7 @@ class Optimizer:
     def _stepped(self, key: str, scale: float) -> bool:
         """Whether a kernel stepped a parameter: AdamW of 16-bit weights, without a copy of their gradient."""
         parameter, master, gradient = self.parameters[key], self.masters[key], self.parameters[key].grad
-        kernels = kernels_for(parameter) if self._own[key] is parameter and parameter.is_contiguous() else None
+        kernels = adamw_kernels(self._kind, parameter) if self._own[key] is parameter else None
         if kernels is None or gradient is None or not gradient.is_contiguous():
             return False
         made, group = self._of[key]
