@@ -322,6 +322,17 @@ def test_a_wrong_pattern_is_found_before_anything_is_scored(content: dict, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("selection", ["random", "similar"])
+def test_more_shots_than_rows_are_found_before_anything_is_scored(
+    selection: str, content: dict, tmp_path: Path, capsys
+) -> None:
+    content["tunings"]["many"] = {"method": "few_shot", "shots": 5000, "selection": selection}
+    with pytest.raises(UserError, match=r"shots: 5000 asked for, but the training split has \d+ rows with a target"):
+        run(make_recipe(content), tmp_path / "out", isolate=False)
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_existing_run_is_never_overwritten(content: dict, tmp_path: Path) -> None:
     content["tunings"] = {"zero_shot": {}}
     recipe, out = make_recipe(content), tmp_path / "out"

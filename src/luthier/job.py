@@ -3,17 +3,17 @@
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from luthier import stage
 from luthier.audit_rows import audit, stop_on_errors
-from luthier.data.shots import needs_similar
 from luthier.data.task import Task
 from luthier.directory import RunDirectory
 from luthier.errors import Interrupted, MemoryRanOut, UserError
 from luthier.evaluation.human import human_score
+from luthier.held_out import with_its_shots
 from luthier.launched import LOOK, WORD, Failure, Launched, launched
 from luthier.metrics import METRICS, metric
 from luthier.metrics.score import Score
@@ -100,8 +100,9 @@ def _rehearse(recipe: Recipe, divides: bool) -> None:
         check_shard(base)
     for name in recipe.tunings:
         method = recipe.method(name)
-        if isinstance(method, FewShot) and method.selection == "similar":
-            needs_similar()
+        if isinstance(method, FewShot):  # whether there are as many rows to show
+            tasks = [(task, replace(recipe.examples(task), validation=[], test=[])) for task in recipe.tasks]
+            with_its_shots(method, tasks, recipe.read_encoder(), recipe.seed)
         if isinstance(method, BestTemplate):
             for task in recipe.tasks:
                 for _, one in candidates(recipe, task, method):

@@ -237,7 +237,9 @@ def test_rows_that_are_decoded_see_keys_of_few_sizes(monkeypatch: pytest.MonkeyP
     found = generate(base, prompts, 70, [])
     capacity = max(map(len, prompts)) + 70
     assert len(sizes) == 69 * base.blocks
-    assert set(sizes) <= {min(size, capacity) for size in range(SEEN, capacity + SEEN, SEEN)} and 1 < len(set(sizes)) < 10
+    assert (
+        set(sizes) <= {min(size, capacity) for size in range(SEEN, capacity + SEEN, SEEN)} and 1 < len(set(sizes)) < 10
+    )
     assert found == [generate(base, [prompt], 70, [])[0] for prompt in prompts]
 
 

@@ -28,10 +28,10 @@ def similar_shots(
     import bm25s
 
     candidates = _drawn(train, count, None, seed)
-    ranking = bm25s.BM25()
-    ranking.index(_words([one.prompt for one in candidates]), show_progress=False)
     if not questions:
         return []
+    ranking = bm25s.BM25()
+    ranking.index(_words([one.prompt for one in candidates]), show_progress=False)
     found, _ = ranking.retrieve(_words([one.prompt for one in questions]), k=count, show_progress=False)
     return [[(candidates[place].prompt, candidates[place].completion) for place in row] for row in found]
 
