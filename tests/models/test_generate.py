@@ -12,6 +12,7 @@ from luthier.models import attention
 from luthier.models import generate as generating
 from luthier.models.decoding import Decoding, narrowed
 from luthier.models.generate import batches_by_length, generate
+from luthier.models.grafted import _derived
 from luthier.models.packing import SEEN
 from luthier.models.run import target_states
 from luthier.tuning import IA3, Bottleneck, LoRA, PrefixTuning, PromptTuning, Selective, attach, parameters
@@ -226,6 +227,20 @@ def test_what_follows_from_a_tunings_weights_is_derived_once_an_answer_and_anew_
         assert found == generate(fresh, prompts, 8, [])
         answers.append(found)
     assert answers[0] != answers[1], "the change of the weights was not seen"
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_what_is_derived_once_is_there_before_the_first_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made between the tensors of a long pass it would tear holes into the heap; for all batches it is one and the same."""
+    base = tiny.make("llama")
+    attach(base, "t", LoRA(rank=2, dora=name == "dora"))
+    base.use("t")
+    run, made = generating.run_packed, []
+    monkeypatch.setattr(generating, "run_packed", lambda *given: (made.append(dict(_derived.get())), run(*given))[1])
+    generate(base, [[5, 6, 7, 8], [9, 10, 11], [3, 4]], 3, [], batch_rows=2)
+    assert len(made) == 6 and all(each.keys() == made[0].keys() for each in made)
+    assert len(made[0]) == 14
+    assert all(each[key] is value for each in made for key, value in made[0].items())
 
 
 def test_rows_that_are_decoded_see_keys_of_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,14 +60,15 @@ def generate(
     """
     numbers = range(len(prompts)) if places is None else places
     results: list[list[int]] = [[] for _ in prompts]
-    for rows in batches_by_length(prompts, batch_rows, base.device.type):
-        chunk = [list(prompts[i]) for i in rows]
-        decode = _decode_padded
-        if base.packs:
-            decode = _decode_beams if decoding.beams > 1 else _decode_packed
-        elif base.encoder_decoder and decoding.beams == 1 and not base.grafts.prefixes_of(range(1), ()):
-            decode = _decode_encoded
-        with standing_still():
+    with standing_still():
+        base.grafts.derive(base.dtype)
+        for rows in batches_by_length(prompts, batch_rows, base.device.type):
+            chunk = [list(prompts[i]) for i in rows]
+            decode = _decode_padded
+            if base.packs:
+                decode = _decode_beams if decoding.beams > 1 else _decode_packed
+            elif base.encoder_decoder and decoding.beams == 1 and not base.grafts.prefixes_of(range(1), ()):
+                decode = _decode_encoded
             for place, ids in decode(base, chunk, max_new_tokens, set(stop), decoding, [numbers[i] for i in rows]):
                 results[rows[place]] = ids
                 if on_finished:

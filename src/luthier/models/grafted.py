@@ -56,6 +56,9 @@ class Delta(nn.Module):
         found: Derived = known[id(self), key]
         return found
 
+    def derive(self, dtype: torch.dtype) -> None:
+        """Make what is made `once` for activations of this precision: between the tensors of a long pass it would tear holes."""
+
     def as_product(self, base: nn.Module) -> Product | None:
         """f(x, base(x)) as one product whose gradient is written out, where this delta has one for such a module; else None."""
         return None
@@ -135,6 +138,12 @@ class Grafted(nn.Module):
         """The delta of the tuning `name`, if there is one."""
         key = f"t-{name}"
         return self.deltas[key] if name is not None and key in self.deltas else None  # type: ignore[return-value]
+
+    def derive(self, dtype: torch.dtype) -> None:
+        """Have the deltas in use make what they make once."""
+        for name, _ in self.route.parts:
+            if (delta := self.delta(name)) is not None:
+                delta.derive(dtype)
 
     def active_parameters(self) -> list[Parameter]:
         """The parameters that the tunings now in use own here, and the base's own."""

@@ -9,6 +9,7 @@ counting, saving and the optimizer all read `owned`.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn import Parameter
 
@@ -116,6 +117,11 @@ class Grafts:
         self._known(name)
         found = [(path, grafted.base, grafted.delta(name)) for path, grafted in self._grafted()]
         return {path: (module, delta) for path, module, delta in found if delta is not None}
+
+    def derive(self, dtype: torch.dtype) -> None:
+        """Make what the tunings in use derive from their parameters once (`standing_still`)."""
+        for _, grafted in self._grafted():
+            grafted.derive(dtype)
 
     def use(self, name: str | None, merged: bool = False) -> None:
         """Make one tuning (None: the bare base) answer every row; moves pointers, not weights.

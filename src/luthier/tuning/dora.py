@@ -71,6 +71,10 @@ class DoRA(LowRank):
     def _norms(self) -> Tensor:
         return self.once("norms", self._norms_now)
 
+    def derive(self, dtype: torch.dtype) -> None:
+        """The norms that magnitudes are divided by."""
+        self._norms()
+
     def _norms_now(self) -> Tensor:
         return self.norms.of(self.lora_A.weight, self.lora_B.weight, self.scale)
 
@@ -114,6 +118,10 @@ class DoRAEmbedding(LowRankEmbedding):
 
     def _norms(self) -> Tensor:
         return self.once("norms", self._norms_now)
+
+    def derive(self, dtype: torch.dtype) -> None:
+        """The norms that magnitudes are divided by."""
+        self._norms()
 
     def _norms_now(self) -> Tensor:
         return self.norms.of(self.lora_embedding_A, self.lora_embedding_B, self.scale)

@@ -53,6 +53,10 @@ class LowRank(Delta):
             dtype, lambda: (self.lora_A.weight.to(dtype), _by_column(self.lora_B.weight * self.scale, dtype))
         )
 
+    def derive(self, dtype: torch.dtype) -> None:
+        """Both matrices as they are multiplied with."""
+        self.thin(dtype)
+
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """W + scale * B A."""
         return weight + self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float(), bias
