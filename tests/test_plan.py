@@ -17,6 +17,7 @@ from luthier.models.dry_run import dry_run
 from luthier.models.heap import Heap
 from luthier.models.kernels.library import library
 from luthier.models.ledger import Ledger
+from luthier.models.load import Stored
 from luthier.models.loss import loss_sum
 from luthier.models.quantize import QuantizedLinear
 from luthier.phases import PACKING, READING, _DryOptimizer, loading
@@ -225,17 +226,22 @@ def test_what_is_planned_of_shots_are_the_runs_own(content: dict, tmp_path: Path
 
 
 def test_loading_counts_what_is_mapped_and_copied_at_once() -> None:
-    """In another precision the whole file and the copies; in 4 bits what is not packed, once mapped and once copied."""
+    """In another precision the copies and the file, all of it or one weight; in 4 bits what is not packed, once mapped and once copied."""
     plain, packed = tiny.make("llama"), tiny.make("llama", quantize="nf4")
     numbers = sum(one.numel() for one in plain.model.parameters())
     linears = [one for one in packed.model.modules() if isinstance(one, QuantizedLinear)]
     left = numbers - sum(one.weight.numel() for one in linears)
     kept = held([*plain.model.parameters(), *plain.model.buffers()])
-    assert sum(loading(plain, torch.float32).values()) == kept + READING
+    assert sum(loading(plain, Stored(torch.float32)).values()) == kept + READING
     buffers = held(plain.model.buffers())
-    assert sum(loading(plain, torch.bfloat16).values()) == numbers * (2 + 4) + READING
+    assert sum(loading(plain, Stored(torch.bfloat16)).values()) == numbers * (2 + 4) + READING
+    half = tiny.make("llama", dtype=torch.bfloat16)
+    assert sum(loading(half, Stored(torch.float32)).values()) == numbers * (4 + 2) + READING
+    *others, last = [one.numel() for one in half.grafts.originals.values()]
+    one_by_one = sum(loading(half, Stored(torch.float32, one_by_one=True)).values()) - READING
+    assert numbers * 2 + last * 4 <= one_by_one <= numbers * 2 + max(others) * 4
     in_four_bits = held([*(one.packed for one in linears), *(one.state.absmax for one in linears)])
-    found = loading(packed, torch.float32)
+    found = loading(packed, Stored(torch.float32))
     assert found["weights"] == in_four_bits + left * 4 + buffers
     assert sum(found.values()) == found["weights"] + left * 4 + READING + PACKING
 

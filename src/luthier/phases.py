@@ -21,6 +21,7 @@ from luthier.models.frozen import SLICED, only_blocks
 from luthier.models.generate import decode_step, prefill
 from luthier.models.heap import Heap
 from luthier.models.ledger import Ledger
+from luthier.models.load import Stored
 from luthier.models.loss import label_scores, loss_sum
 from luthier.models.quantize import QuantizedLinear
 from luthier.models.recompute import recomputed
@@ -43,20 +44,23 @@ def new_ledger() -> Ledger:
     return Ledger(Heap() if stands_for.get() == "cpu" else None)
 
 
-def loading(base: BaseModel, stored: torch.dtype) -> Counter[str]:
-    """Reading maps the file of the weights. All of it stays while they are copied into another precision; where linears are packed
-    into 4 bits, each is let go once it is, and the others are copied.
+def loading(base: BaseModel, stored: Stored) -> Counter[str]:
+    """Reading maps the file of the weights. In another precision they are copied, one by one or while all of it stays; where linears
+    are packed into 4 bits, each is let go once it is, and the others are copied.
     """
     ledger = Ledger()
     _hold_weights(base, {}, ledger)
     packed, weights = _packed(base), ledger.live["weights"]
     sizes = {key: one.numel() for key, one in base.grafts.originals.items()}
-    beside = 0
-    if stored != base.dtype:
-        beside = sum(sizes.values()) * (stored.itemsize + base.dtype.itemsize) - weights
+    most = weights
+    if stored.dtype != base.dtype:
+        read = 0
+        for size in sizes.values() if stored.one_by_one else [sum(sizes.values())]:
+            read += size * base.dtype.itemsize
+            most = max(most, read + size * stored.dtype.itemsize)
     elif packed:
-        beside = sum(size for key, size in sizes.items() if key.removesuffix(".weight") not in packed) * stored.itemsize
-    workspace = READING + (PACKING if packed else 0) + max(0, beside)
+        most += sum(n for key, n in sizes.items() if key.removesuffix(".weight") not in packed) * base.dtype.itemsize
+    workspace = READING + (PACKING if packed else 0) + most - weights
     return Counter({"weights": weights, "workspace": workspace})
 
 

@@ -20,7 +20,7 @@ from luthier import phases
 from luthier.errors import UserError
 from luthier.models.base import BaseModel
 from luthier.models.dry_run import dry_run
-from luthier.models.load import resolve_device, resolve_dtype, stored_dtype
+from luthier.models.load import resolve_device, resolve_dtype, stored
 from luthier.recipe import Recipe
 from luthier.training.settings import TrainingSettings
 from luthier.tuning import Full, Interpolation, LoRA, Method, Selective, attach, parameters
@@ -192,7 +192,7 @@ def _once(recipe: Recipe, name: str, work: Work | None = None) -> tuple[TuningPl
     watched = bool(work.largest) and settings.watch not in ("loss", "accuracy")
     with dry_run(base, device):
         ledger = phases.new_ledger()
-        counted = {"loading": phases.loading(base, stored_dtype(recipe.base))}
+        counted = {"loading": phases.loading(base, stored(recipe.base, base.dtype))}
         if isinstance(method, Interpolation) and isinstance(grafted, Method):
             change = partial(grafted.toward_base, base, name, method.share)
             counted["interpolating"] = phases.interpolating(base, owned, change, ledger)

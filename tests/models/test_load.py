@@ -8,8 +8,8 @@ import torch
 from tests import tiny
 
 from luthier.errors import UserError
-from luthier.models.base import BaseModel
-from luthier.models.load import BaseSpec, resolve_device, resolve_dtype
+from luthier.models.base import T5_FAMILIES, BaseModel
+from luthier.models.load import BaseSpec, Stored, read_model, resolve_device, resolve_dtype, stored
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,32 @@ def test_a_directory_is_a_base_in_either_precision(saved: Path, dtype: str) -> N
     assert base.fingerprint() == tiny.make("llama").fingerprint(), "the fingerprint must not depend on the precision"
     assert base.fingerprint() != tiny.make("llama", seed=1).fingerprint()
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", tiny.DECODERS + tiny.UNPACKED + tiny.ENCODER_DECODERS)
+def test_weights_cast_one_by_one_are_those_that_transformers_casts(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Whole state, buffers that are not saved too, ties and configuration."""
+    base = tiny.make(family)
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    spec = BaseSpec(model=str(tmp_path))
+    ours, _ = read_model(spec, dtype)
+    theirs = type(ours).from_pretrained(tmp_path, dtype=dtype)
+    left = family == "gemma2" or (base.family in T5_FAMILIES and dtype == torch.float16)
+    assert stored(spec, dtype) == Stored(torch.float32, one_by_one=not left)
+    for found, expected in (
+        (ours.state_dict(), theirs.state_dict()),
+        (dict(ours.named_buffers()), dict(theirs.named_buffers())),
+    ):
+        assert found.keys() == expected.keys()
+        for key, one in expected.items():
+            assert found[key].dtype == one.dtype and torch.equal(found[key], one), key
+    places = [[one.data_ptr() for one in model.state_dict().values()] for model in (ours, theirs)]
+    assert len(set(places[0])) == len(set(places[1]))
+    assert ours.config.to_dict() == theirs.config.to_dict() and ours.dtype == theirs.dtype
 
 
 def test_auto_takes_what_this_machine_has() -> None:

@@ -10,7 +10,7 @@ from tests import tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.models.base import BaseModel
-from luthier.models.load import BaseSpec
+from luthier.models.load import BaseSpec, read_model
 from luthier.models.mapped import MappedFiles
 from luthier.models.quantize import QuantizedLinear
 
@@ -68,3 +68,31 @@ def test_a_base_packed_from_a_file_is_the_one_packed_in_memory(tmp_path: Path) -
     assert all(torch.equal(one.dequantized(), others[path].dequantized()) for path, one in packed.items())
     kept, expected = dict(read.model.named_parameters()), dict(made.model.named_parameters())
     assert all(one.is_meta or torch.equal(one, expected[key]) for key, one in kept.items())
+
+
+def test_a_base_cast_to_16_bits_is_never_in_memory_in_32_as_well(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=1024, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)  # 164 MB
+    tiny.make("llama").tokenizer.save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    read_model(BaseSpec(model=str(tmp_path)), torch.bfloat16)  # what libraries load at their first use
+    before = restarted_peak()
+    model, _ = read_model(BaseSpec(model=str(tmp_path)), torch.bfloat16)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert size > 160 * MB and peak() - before < size // 2 + 24 * MB, "the copies, and one weight of 32 bits"
+
+
+def peak() -> int:
+    """The most memory this process held."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+def restarted_peak() -> int:
+    """Forget the peak, and return what is held now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        pytest.skip(f"the peak cannot be restarted here: {error}")
+    return peak()

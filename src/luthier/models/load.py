@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from luthier.errors import UserError, nearest
 from luthier.models.embedded import EMBEDDED, embedded_folder
 from luthier.models.gguf import load_gguf
+from luthier.models.mapped import MappedFiles
 from luthier.models.place import Place, explained
 from luthier.models.quantize import Quantization
 
@@ -98,22 +99,30 @@ def read_skeleton(spec: BaseSpec, dtype: torch.dtype | None = None) -> tuple[Any
     """Read (model, tokenizer) with the model's shape (in `dtype`) but no weights: for what must be known before the work."""
     place = _locate(spec)
     tokenizer, config = read_tokenizer(spec)
-    architectures = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with explained(place), torch.device("meta"):
-        model = architectures.from_config(
+        model = _architectures(config).from_config(
             config, trust_remote_code=spec.trust_remote_code, dtype=dtype or torch.float32
         )
     return model, tokenizer
 
 
-def stored_dtype(spec: BaseSpec) -> torch.dtype:
-    """The precision in which the weights are read, before they are in that of the base; reads the configuration alone."""
+@dataclass(frozen=True)
+class Stored:
+    """How a base's weights are read: their precision before they are in the base's, and whether they are cast one by one."""
+
+    dtype: torch.dtype
+    one_by_one: bool = False
+
+
+def stored(spec: BaseSpec, dtype: torch.dtype) -> Stored:
+    """How `read_model` would read the weights; opens the configuration alone."""
     place = _locate(spec)
     if place.gguf:
-        return torch.float32
+        return Stored(torch.float32)
     with explained(place):
-        found = getattr(AutoConfig.from_pretrained(place.source, **place.options), "dtype", None)
-    return DTYPES.get(str(found).removeprefix("torch."), torch.float32)
+        config = AutoConfig.from_pretrained(place.source, **place.options)
+        kept = _dtype_of(config)
+        return Stored(kept, _twin(config, dtype, spec) is not None)
 
 
 def read_model(spec: BaseSpec, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -125,12 +134,48 @@ def read_model(spec: BaseSpec, dtype: torch.dtype) -> tuple[Any, Any]:
     if place.gguf:
         return load_gguf(Path(place.source) / place.gguf, dtype)
     tokenizer, config = read_tokenizer(spec)
-    architectures = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with explained(place):
-        model = architectures.from_pretrained(
-            place.source, config=config, dtype=dtype, use_safetensors=True, **place.options
+        twin = _twin(config, dtype, spec)
+        first = torch.float32 if twin is not None else dtype
+        model = _architectures(config).from_pretrained(
+            place.source, config=config, dtype=first, use_safetensors=True, **place.options
         )
+    if twin is not None:
+        _narrow(model, twin)
     return model, tokenizer
+
+
+def _architectures(config: Any) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _dtype_of(config: Any) -> torch.dtype:
+    return DTYPES.get(str(getattr(config, "dtype", None)).removeprefix("torch."), torch.float32)
+
+
+def _twin(config: Any, dtype: torch.dtype, spec: BaseSpec) -> Any:
+    """The model without numbers, in the precisions in which its weights of 32 bits are to be; None where they are not to be cast one by one."""
+    if _dtype_of(config) != torch.float32 or dtype.itemsize == 4 or hasattr(config, "quantization_config"):
+        return None
+    with torch.device("meta"):
+        twin = _architectures(config).from_config(config, trust_remote_code=spec.trust_remote_code, dtype=dtype)
+    kept = twin.state_dict()
+    made_in_it = any(one.dtype == dtype for name, one in twin.named_buffers() if name not in kept)
+    # Where some weights stay wide, or a buffer is computed in the precision (Gemma's scale), the model is transformers' own to cast.
+    return None if made_in_it or twin._get_dtype_plan(dtype) else twin
+
+
+def _narrow(model: Any, twin: Any) -> None:
+    """Cast weights to their twins' precision, each one's pages of the mapped file let go at once: never are all in memory."""
+    files, wanted = MappedFiles(), twin.state_dict()
+    for name, one in model.state_dict(keep_vars=True).items():
+        if one.dtype != wanted[name].dtype:
+            wide = one.data
+            one.data = wide.to(wanted[name].dtype)
+            files.let_go(wide)
+    for config in (model.config, *(getattr(model.config, key) for key in model.config.sub_configs)):
+        if config is not None:
+            config.dtype = twin.dtype
 
 
 def _locate(spec: BaseSpec) -> Place:
