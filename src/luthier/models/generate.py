@@ -61,7 +61,8 @@ def generate(
     numbers = range(len(prompts)) if places is None else places
     results: list[list[int]] = [[] for _ in prompts]
     with standing_still():
-        base.grafts.derive(base.dtype)
+        if not base.sharded:  # divided weights are whole in their blocks' passes alone
+            base.grafts.derive(base.dtype)
         for rows in batches_by_length(prompts, batch_rows, base.device.type):
             chunk = [list(prompts[i]) for i in rows]
             decode = _decode_padded
