@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from luthier.models import matmul
+from luthier.models import loss, matmul
 from luthier.models.activations import _WRITTEN_OUT
 from luthier.models.attended import attend
 from luthier.models.kernels import library
 from luthier.models.kernels.calls import AdamW, Kernels, kernels_for, why_none
 from luthier.models.kernels.fused import Fused
-from luthier.models.loss import _cross_entropy
 from luthier.models.norms import norm_backward, norm_forward, norm_weight_backward
 from luthier.models.packing import Packing, Piece, plan_of
 from luthier.models.products import Plain, quicken_linears
@@ -315,11 +315,24 @@ def test_the_loss_is_the_formula(size: int, smoothing: float) -> None:
     exact = logits.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(exact, labels, reduction="sum", label_smoothing=smoothing)
     expected.backward()
-    loss, gradient = _cross_entropy(logits, labels, smoothing, True)
-    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    found, gradient = loss._cross_entropy(logits, labels, smoothing, True)
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     assert error(gradient, exact.grad) <= 1
-    alone, none = _cross_entropy(logits, labels, smoothing, False)
-    assert torch.equal(alone, loss) and none is None
+    alone, none = loss._cross_entropy(logits, labels, smoothing, False)
+    assert torch.equal(alone, found) and none is None
+
+
+@built
+def test_scores_of_labels_are_the_formula_without_a_copy_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = numbers(300, 301) * 4, torch.arange(300)
+    logits[torch.arange(0, 300, 3), labels[::3]] = 40
+    base = SimpleNamespace(logits=lambda chunk: chunk, grafts=SimpleNamespace(route=SimpleNamespace(parts=["one"])))
+    monkeypatch.setattr(loss, "target_states", lambda base, batch: batch.states)
+    monkeypatch.delattr(loss.F, "cross_entropy")  # PyTorch's, which copies
+    scores, hits = loss.label_scores(base, SimpleNamespace(states=logits, labels=labels))  # type: ignore[arg-type]
+    expected = logits.double().log_softmax(-1)[torch.arange(300), labels]
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(hits, logits.double().argmax(-1) == labels) and 100 <= int(hits.sum()) < 110
 
 
 @built

@@ -38,8 +38,11 @@ def label_scores(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
     scores, hits = [], []
     size = _chunk(base, len(batch.labels), CHUNK)
     for chunk, labels in zip(states.split(size), batch.labels.split(size), strict=True):
-        logits = base.logits(chunk).float()
-        scores.append(-F.cross_entropy(logits, labels, reduction="none"))
+        logits = base.logits(chunk)
+        if kernels := kernels_for(logits):  # which copies nothing to fp32
+            scores.append(-kernels.cross_entropy(logits, labels, 0.0, None))
+        else:
+            scores.append(-F.cross_entropy(logits.float(), labels, reduction="none"))
         hits.append(logits.argmax(-1) == labels)
     return torch.cat(scores), torch.cat(hits)
 
