@@ -95,6 +95,7 @@ def test_a_run_writes_the_comparison_and_its_tunings_can_be_used(
     jsonschema.validate(written, report_schema())
     assert written["schema_version"] == 1
     assert list(written["tunings"]) == list(content["tunings"])
+    plans = json.loads((out / "plan.json").read_text())
     for name, tuning in written["tunings"].items():
         trained = name not in ("zero_shot", "two_shot")
         assert (tuning["trainable_parameters"] > 0) == trained
@@ -105,7 +106,9 @@ def test_a_run_writes_the_comparison_and_its_tunings_can_be_used(
             assert {"signature", "precision", "recall"} <= set(score)
         assert tuning["scores"]["kept"]["accuracy"]["signature"].startswith("metric:accuracy")
         assert tuning["validation_loss"] > 0
-        assert tuning["planned"]["weights"] > 0, "every method can be planned"
+        phases = plans[name]["phases"]
+        covered = [parts for phase, parts in phases.items() if phase != "answering" or not trained]
+        assert tuning["planned"] == max(covered, key=lambda parts: sum(parts.values())) and "answering" in phases
         lines = (out / "predictions" / f"{name}.jsonl").read_text().splitlines()
         assert len(lines) == 6
         if trained:
@@ -504,6 +507,7 @@ def test_interpolating_towards_the_base(content: dict, bases: Path, tmp_path: Pa
         assert loss[f"{name}_50"] not in (loss[name], loss["zero_shot"])
         assert report.tunings[f"{name}_50"].trainable_parameters == report.tunings[name].trainable_parameters
         assert len(report.tunings[name].snapshots) == 1 and not report.tunings[f"{name}_50"].snapshots
+        assert report.tunings[f"{name}_50"].planned == report.tunings[name].planned, "its peak is that of the training"
         none = [one for one in report.retention if one.tuning == f"{name}_0"]
         assert none and all(one.difference == one.low == one.high == 0.0 for one in none), (
             "the base forgets exactly nothing"

@@ -55,11 +55,12 @@ class TuningPlan:
     fits: bool
     choices: list[Choice]
 
-    def before_answering(self) -> dict[str, int]:
-        """Bytes of each part in the phase that holds the most until answers are written: what a stage measures."""
-        return max(
-            (parts for phase, parts in self.phases.items() if phase != "answering"), key=lambda one: sum(one.values())
-        )
+    def measured(self) -> dict[str, int]:
+        """Bytes of each part in the phase that holds the most while a stage measures: where it trains, until answers are written."""
+        covered = [
+            parts for phase, parts in self.phases.items() if phase != "answering" or "training" not in self.phases
+        ]
+        return max(covered, key=lambda one: sum(one.values()))
 
 
 def plan(recipe: Recipe, available: int | None = None) -> dict[str, TuningPlan]:

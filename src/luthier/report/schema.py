@@ -95,8 +95,8 @@ class TuningReport(_Part):
     memory_after_import_bytes: int | None
     planned: dict[str, int] = Field(
         default={},
-        description="Planned bytes by part at the peak of training and validation, to be held against the peak memory without "
-        "that after import; empty where there is no plan.",
+        description="Planned bytes by part at the peak of training and validation, and of answering where nothing is trained, to be held "
+        "against the peak memory without that after import; empty where there is no plan.",
     )
     validation_loss: float | None = Field(description="Nats per target token, of the weights kept.")
     validation_accuracy: float | None = Field(
