@@ -145,9 +145,17 @@ def compare(name: str, folder: Path) -> dict[str, Any]:
         )
     result = directory.result("t") or {}
     measured = result["peak_memory_bytes"] - result["memory_after_import_bytes"]
-    predicted = sum(planned.before_answering().values())
+    phase = planned.measured()
+    predicted = sum(planned.phases[phase].values())
     error = predicted / measured - 1
-    return {"name": name, "predicted": predicted, "measured": measured, "error": error, "plan": asdict(planned)}
+    return {
+        "name": name,
+        "phase": phase,
+        "predicted": predicted,
+        "measured": measured,
+        "error": error,
+        "plan": asdict(planned),
+    }
 
 
 def run_in_this_process(path: str, name: str) -> None:
@@ -183,10 +191,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in chosen:
             found.append(one := compare(name, Path(folder)))
-            phases = {phase: parts for phase, parts in one["plan"]["phases"].items() if phase != "answering"}
-            phase = max(phases, key=lambda key: sum(phases[key].values()))
             sizes = f"{one['predicted'] / 1e6:10.0f} {one['measured'] / 1e6:11.0f}"
-            print(f"{name:34} {phase:10} {sizes} {100 * one['error']:+8.1f}", flush=True)
+            print(f"{name:34} {one['phase']:10} {sizes} {100 * one['error']:+8.1f}", flush=True)
             if given.json:
                 given.json.write_text(json.dumps(found, indent=1))
     errors = sorted(abs(one["error"]) for one in found if one["name"] != FITTED)

@@ -35,6 +35,8 @@ from training.table import Measured, entry, median, table
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+# What --training may set: it changes what is held, not what is learnt.
+OWN = {"micro_batch_tokens", "gradient_checkpointing"}
 TCMALLOC = next(iter(sorted(Path("/usr/lib").rglob("libtcmalloc_minimal.so.4"))), None)
 MODES = [False, True] if TCMALLOC else [False]
 
@@ -57,7 +59,7 @@ class Bench:
         """One run; None where it failed."""
         environment = os.environ | ({"LD_PRELOAD": str(TCMALLOC)} if way.tcmalloc else {})
         told = {"side": side, "job": self.given.job, "rows": str(self.rows), "model": str(self.model)}
-        told |= {"dtype": self.given.dtype, "way": asdict(way), "device": self.given.device}
+        told |= {"dtype": self.given.dtype, "way": asdict(way), "device": self.given.device, "own": self.given.training}
         python = str(self.given.adapters_python) if side == "adapters" else sys.executable
         command = [python, __file__, "--run", json.dumps(told)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -139,6 +141,7 @@ class Bench:
             "rows": self.given.rows,
             "repeats": self.given.repeats,
             "batch": BATCH,
+            "training": self.given.training,
         }
         return one | more | shared | {"note": self.job.note, "versions": versions}
 
@@ -155,7 +158,7 @@ def _run(told: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as out:
         work = Work(
             JOBS[told["job"]], training, held, Path(told["model"]), told["dtype"], Way(**told["way"]), Path(out),
-            told["device"],
+            told["device"], told["own"],
         )  # fmt: skip
         found = SIDES[told["side"]](work)
     print(json.dumps(found))
@@ -186,6 +189,14 @@ def main() -> None:
     )
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--training",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="settings of Luthier's training that say what it holds: '{\"micro_batch_tokens\": 512}', "
+        "'{\"gradient_checkpointing\": true}'; default: its own",
+    )
     parser.add_argument("--adapters-python", type=Path, help="the Python of an environment with adapters")
     parser.add_argument("--profile", action="store_true", help="Luthier alone: its matrix products")
     parser.add_argument("--json", type=Path)
@@ -197,6 +208,10 @@ def main() -> None:
     for key in ("rows", "repeats"):
         if getattr(given, key) < 1:
             parser.error(f"--{key} is {getattr(given, key)}; it must be at least 1")
+    if not isinstance(given.training, dict):
+        parser.error(f"--training is {json.dumps(given.training)}; it must be an object")
+    if unknown := set(given.training) - OWN:
+        parser.error(f"--training: {', '.join(sorted(unknown))} is none of {', '.join(sorted(OWN))}")
     known = set(SIDES) - {"luthier", "profile"}
     if unknown := set(filter(None, (given.peers or "").split(","))) - known:
         parser.error(f"--peers: {', '.join(sorted(unknown))} is none of {', '.join(sorted(known))}")
@@ -206,7 +221,10 @@ def main() -> None:
         from luthier.models.load import resolve_dtype
 
         given.dtype = str(resolve_dtype("auto", torch.device(given.device))).removeprefix("torch.")
-    print(f"{given.job}, {given.dtype} on {given.device}, {given.rows} rows", flush=True)
+    print(
+        f"{given.job}, {given.dtype} on {given.device}, {given.rows} rows{f', {json.dumps(given.training)}' if given.training else ''}",
+        flush=True,
+    )
     if JOBS[given.job].note:
         print(textwrap.fill(f"({JOBS[given.job].note}.)", 80), flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from luthier.cli import app
 from luthier.data.shots import choose_shots, with_shots
-from luthier.encoding.batches import collate
+from luthier.encoding.batches import collate, collate_choices
+from luthier.evaluation import score
 from luthier.held_out import DRAWS_APART
 from luthier.models.base import BaseModel
 from luthier.models.dry_run import dry_run
@@ -18,7 +19,7 @@ from luthier.models.heap import Heap
 from luthier.models.kernels.library import library
 from luthier.models.ledger import Ledger
 from luthier.models.load import Stored
-from luthier.models.loss import loss_sum
+from luthier.models.loss import label_scores, loss_sum
 from luthier.models.quantize import QuantizedLinear
 from luthier.phases import PACKING, READING, _DryOptimizer, loading
 from luthier.plan import plan
@@ -268,3 +269,32 @@ def test_only_without_kernels_are_16_bit_gradients_copied(monkeypatch: pytest.Mo
     monkeypatch.setattr("luthier.models.kernels.calls.library", lambda: "switched off")
     copied, expected = most()
     assert copied == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "opt"])
+def test_ranking_is_planned_as_the_largest_group_that_scoring_ranks(
+    family: str, content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is written for a task that has choices; where a tuning is trained, it ranks validation rows with it."""
+    real = tiny.make(family)
+    real.config.save_pretrained(tmp_path)
+    real.tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(score, "EVALUATION_TOKENS", 60)
+    task = {**content["task"], "validation": 5, "test": 7, "choices": "Anna ||| Bob ||| one two three"}
+    tunings = {"asked": {"method": "zero_shot"}, "lora": {}}
+    recipe = make_recipe(
+        {**content, "task": task, "base": {**content["base"], "model": str(tmp_path)}, "tunings": tunings}
+    )
+    ranked: list[int] = []
+    monkeypatch.setattr(
+        score, "label_scores", lambda base, batch: (ranked.append(batch.tokens), label_scores(base, batch))[1]
+    )
+    examples = recipe.examples(recipe.tasks[0])
+    for each in (examples.validation, examples.test):
+        score.answer(real, recipe.read_encoder(), each, 1)
+    base = BaseModel.skeleton(recipe.base)
+    start = base.decoder_start if base.encoder_decoder else None
+    planned = collate_choices(Work.of(recipe, "asked", base).choosing, start)[0]
+    assert len(ranked) > 2 and planned.tokens == max(ranked)
+    for name, one in plan(recipe).items():
+        assert one.phases["choosing"]["activations"] > 0 and "answering" not in one.phases, name

@@ -5,7 +5,7 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Work:
     way: Way
     out: Path
     device: str = "cpu"
+    own: dict[str, Any] = field(default_factory=dict)  # of Luthier's training settings
 
 
 def ways(side: str, training: list[Row]) -> list[Way]:
@@ -83,7 +84,9 @@ def luthier(work: Work, mode: Any = None) -> Measured:
     start = loss_and_accuracy(base, held)[0] if mode is None else math.nan
     method: Any = TypeAdapter(METHODS[work.job.ours["method"]]).validate_python(work.job.ours)
     attach(base, "t", method, SEED)
-    settings = TrainingSettings(epochs=1, batch_size=BATCH, learning_rate=work.job.rate, weight_decay=0.0, warmup=0.0)
+    settings = TrainingSettings(
+        **work.own, epochs=1, batch_size=BATCH, learning_rate=work.job.rate, weight_decay=0.0, warmup=0.0
+    )
     with mode or nullcontext():
         started = time.perf_counter()
         progress = train(base, "t", training, settings, SEED, work.out)

@@ -230,7 +230,7 @@ def _report(directory: RunDirectory, recipe: Recipe) -> Report:
         results,
         {name: directory.answers(name) for name in (BASELINE, *recipe.tunings)},
         {task.name: _human(recipe, task) for task in recipe.tasks},
-        {name: planned[_measured_for(recipe, name)].measured() for name in planned},
+        {name: one.phases[one.measured()] for name, one in planned.items()},
     )
     write_report(directory.path, report)
     directory.forget_checkpoints()
@@ -243,12 +243,6 @@ def _plans(recipe: Recipe) -> dict[str, TuningPlan]:
         return plan(recipe, available=sys.maxsize)
     except Exception:  # a base whose code does not run without numbers is no reason to lose a run
         return {}
-
-
-def _measured_for(recipe: Recipe, name: str) -> str:
-    """Whose training a tuning's peak is that of: one that was taken back towards the base has its source's."""
-    method = recipe.method(name)
-    return method.of if isinstance(method, Interpolation) else name
 
 
 def _human(recipe: Recipe, task: Task) -> dict[str, Score]:

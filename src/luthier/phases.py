@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from luthier.encoding.batches import collate
+from luthier.encoding.batches import collate, collate_choices
 from luthier.encoding.encoder import Encoded
+from luthier.evaluation.score import Question
 from luthier.models.base import BaseModel
 from luthier.models.batch import Packed
 from luthier.models.frozen import SLICED, only_blocks
@@ -151,6 +152,17 @@ def validation(base: BaseModel, owned: Owned, group: Sequence[Encoded], ledger: 
         ledger.restart()
         with _parts(base, ledger), _few(base):
             label_scores(base, _batch(base, group))
+    return _seen(base, ledger)
+
+
+def choosing(base: BaseModel, owned: Owned, rows: Sequence[Question], ledger: Ledger) -> Counter[str]:
+    """One group of questions whose choices are ranked."""
+    with ledger:
+        _hold_weights(base, owned, ledger)
+        ledger.restart()
+        batch, _ = collate_choices(rows, base.decoder_start if base.encoder_decoder else None)
+        with _parts(base, ledger), _few(base):
+            label_scores(base, batch.to(base.device))
     return _seen(base, ledger)
 
 

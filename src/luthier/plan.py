@@ -55,12 +55,13 @@ class TuningPlan:
     fits: bool
     choices: list[Choice]
 
-    def measured(self) -> dict[str, int]:
-        """Bytes of each part in the phase that holds the most while a stage measures: where it trains, until answers are written."""
-        covered = [
-            parts for phase, parts in self.phases.items() if phase != "answering" or "training" not in self.phases
-        ]
-        return max(covered, key=lambda one: sum(one.values()))
+    def measured(self) -> str:
+        """The phase that holds the most of those that a stage measures: where it has a tuning, until answers are written."""
+        answers = "training" not in self.phases and "interpolating" not in self.phases
+        covered = {
+            phase: sum(parts.values()) for phase, parts in self.phases.items() if phase != "answering" or answers
+        }
+        return max(covered, key=lambda phase: covered[phase])
 
 
 def plan(recipe: Recipe, available: int | None = None) -> dict[str, TuningPlan]:
@@ -201,6 +202,8 @@ def _once(recipe: Recipe, name: str, work: Work | None = None) -> tuple[TuningPl
             counted["training"], products, states = phases.training(base, owned, work, settings, ledger)
         if work.validation:
             counted["validation"] = phases.validation(base, owned, work.validation, ledger)
+        if work.choosing:
+            counted["choosing"] = phases.choosing(base, owned, work.choosing, ledger)
         if work.prompts:
             phase = "validation answers" if watched else "answering"
             if not watched:

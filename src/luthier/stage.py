@@ -187,7 +187,7 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
 
 
 def _interpolation(stage: Stage, name: str, method: Interpolation) -> dict[str, Any]:
-    """Take a trained tuning back towards the base, save it as one of its own and score it; its cost is the other's."""
+    """Take a trained tuning back towards the base, save it as one of its own and score it; the training's cost is the other's."""
     base, directory = stage.base, stage.directory
     load_tuning(base, directory.tuning(method.of), name)
     source: Method = base.methods[name]

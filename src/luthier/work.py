@@ -9,7 +9,7 @@ from luthier.data.task import Examples, Task
 from luthier.encoding.batches import encode_all, micro_batches
 from luthier.encoding.encoder import Encoded, Encoder, cut_middle
 from luthier.encoding.order import step_rows
-from luthier.evaluation.score import EVALUATION_TOKENS
+from luthier.evaluation.score import EVALUATION_TOKENS, Question, by_size, longest_choice, prompt_ids, questions
 from luthier.held_out import with_its_shots
 from luthier.models.base import BaseModel
 from luthier.models.generate import MOST_ROWS, batches_by_length
@@ -35,6 +35,7 @@ class Work:
     tokens: int  # of the whole training
     said: str  # where the rows come from
     validation: list[Encoded]
+    choosing: list[Question]  # whose choices are ranked together
     prompts: list[list[int]]
     new_tokens: int
 
@@ -60,8 +61,9 @@ class Work:
             together = batches_by_length(prompts, device=resolve_device(recipe.base.device).type)[0]
             prompts = [prompts[place] for place in together]
         return cls(
-            steps[0] if steps else [], steps[1:], tokens, said, max(groups, key=_size, default=[]), prompts, new_tokens
-        )
+            steps[0] if steps else [], steps[1:], tokens, said, max(groups, key=_size, default=[]),
+            _choosing(tasks, encoder, reserve, base), prompts, new_tokens,
+        )  # fmt: skip
 
 
 def _size(group: Sequence[Encoded]) -> tuple[int, int]:
@@ -111,11 +113,30 @@ def _longest(examples: Examples) -> Examples:
 
 
 def _prompts(tasks: Sequence[tuple[Task, Examples]], encoder: Encoder, reserve: int) -> tuple[list[list[int]], int]:
-    """The prompts, and the most tokens that are written behind them."""
+    """The prompts that are answered in free text, and the most tokens that are written behind them."""
     found: list[list[int]] = []
     most = 0
     for task, each in tasks:
+        if task.choices:
+            continue
         room = max(1, encoder.max_length - (0 if encoder.encoder_decoder else reserve + task.max_new_tokens))
         found += [cut_middle(encoder.prompt_ids(one), room) for one in islice(each.test, LOOKED_AT)]
         most = max(most, task.max_new_tokens)
     return found, most
+
+
+def _choosing(
+    tasks: Sequence[tuple[Task, Examples]], encoder: Encoder, reserve: int, base: BaseModel
+) -> list[Question]:
+    """The largest group of examples whose choices are ranked together."""
+    groups: list[list[Question]] = []
+    for task, each in tasks:
+        for examples in (
+            list(islice(some, LOOKED_AT)) for some in (each.validation, each.test) if task.choices and some
+        ):
+            room = reserve + max(longest_choice(encoder, one) for one in examples)
+            prompts = [prompt_ids(encoder, one, room) for one in examples]
+            for places in by_size(base, encoder, examples, prompts):
+                chosen = [examples[place] for place in places], [prompts[place] for place in places]
+                groups.append(questions(base, encoder, *chosen))
+    return max(groups, key=lambda rows: sum(len(prompt) for _, prompt, _ in rows), default=[])

@@ -11,10 +11,12 @@ from tests import tiny
 from luthier.data.task import Example
 from luthier.directory import Answers
 from luthier.encoding.encoder import Encoder
+from luthier.evaluation import score
 from luthier.evaluation.score import answer, loss_and_accuracy, losses, measure
 from luthier.models.base import BaseModel
 from luthier.models.decoding import Decoding
 from luthier.models.generate import batches_by_length, generate
+from luthier.tuning import LoRA, attach, low_rank
 
 FAMILIES = ("llama", "gpt2", "opt", "t5")
 
@@ -162,3 +164,19 @@ def test_answers_of_several_processes_are_known_together(tmp_path: Path) -> None
     assert Answers(tmp_path / "lora.partial").known() == {0: "a", 7: "b"}
     first.forget()
     assert [path.name for path in tmp_path.iterdir()] == ["lora.kept.partial"]
+
+
+@pytest.mark.parametrize("choices", [False, True])
+def test_a_tunings_tensors_are_derived_once_for_all_batches(choices: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny.make("llama", torch.bfloat16)
+    attach(base, "t", LoRA(rank=2))
+    base.use("t")
+    derived: list[object] = []
+    by_column = low_rank._by_column
+    monkeypatch.setattr(low_rank, "_by_column", lambda *given: (derived.append(given), by_column(*given))[1])
+    one_by_one = lambda prompts, *_, **__: [[place] for place in range(len(prompts))]  # noqa: E731
+    monkeypatch.setattr(score, "batches_by_length", one_by_one)
+    monkeypatch.setattr(score, "EVALUATION_TOKENS", 1)
+    kept: list[dict[int, str]] = []
+    answer(base, encoder_of(base), examples(3, choices), 2, keep=kept.append)
+    assert len(kept) == 3 and len(derived) == 14

@@ -14,6 +14,7 @@ from luthier.metrics.score import Score
 from luthier.models.base import BaseModel
 from luthier.models.decoding import Decoding
 from luthier.models.generate import GREEDY, batches_by_length, generate
+from luthier.models.grafted import standing_still
 from luthier.models.loss import label_scores
 
 EVALUATION_TOKENS = 4096
@@ -79,11 +80,11 @@ def answer(
     how they are divided over processes (`gathered`).
     """
     choices = bool(examples) and all(example.choices for example in examples)
-    longest = max((_longest_choice(encoder, example) for example in examples), default=0) if choices else max_new_tokens
+    longest = max((longest_choice(encoder, example) for example in examples), default=0) if choices else max_new_tokens
     prompts = [prompt_ids(encoder, example, reserve + longest) for example in examples]
     texts = dict(known or {})
     if choices:
-        batches = _by_size(base, encoder, examples, prompts)
+        batches = by_size(base, encoder, examples, prompts)
     else:
         batches = batches_by_length(prompts, device=base.device.type)
 
@@ -99,14 +100,16 @@ def answer(
                 else:
                     chosen = [prompts[place] for place in places]
                     found = _write(base, encoder, chosen, places, max_new_tokens, decoding, done, every, tell)
-                answered = dict(zip(places, found, strict=True))
-                keep(answered)
-                texts.update(answered)
+                new = dict(zip(places, found, strict=True))
+                keep(new)
+                texts.update(new)
                 done += len(places)
             tell(done, every)
         return [[texts[place] for place in places] for places in own]
 
-    for places, found in zip(batches, gathered(answers, batches), strict=True):
+    with standing_still():
+        answered = gathered(answers, batches)
+    for places, found in zip(batches, answered, strict=True):
         texts |= zip(places, found, strict=True)
     return [
         Prediction(
@@ -134,7 +137,8 @@ def prompt_ids(encoder: Encoder, example: Example, reserve: int) -> list[int]:
     return cut_middle(encoder.prompt_ids(example), room)
 
 
-def _longest_choice(encoder: Encoder, example: Example) -> int:
+def longest_choice(encoder: Encoder, example: Example) -> int:
+    """Tokens of an example's longest answer choice."""
     return max(len(encoder.target_ids(choice)) for choice in example.choices)
 
 
@@ -167,6 +171,16 @@ def _choose(
     base: BaseModel, encoder: Encoder, examples: Sequence[Example], prompts: Sequence[list[int]], by: ChoiceScoring
 ) -> list[str]:
     """The choice with the highest mean (or sum) of its tokens' log-probabilities; each prompt is computed once."""
+    flat = iter(
+        [score for row in _choice_scores(base, questions(base, encoder, examples, prompts), by) for score in row]
+    )
+    return [example.choices[int(np.argmax([next(flat) for _ in example.choices]))] for example in examples]
+
+
+def questions(
+    base: BaseModel, encoder: Encoder, examples: Sequence[Example], prompts: Sequence[list[int]]
+) -> list[Question]:
+    """Examples with their choices as they are scored together."""
     rows: list[Question] = []
     for example, prompt in zip(examples, prompts, strict=True):
         choices = [encoder.target_ids(choice)[:-1] for choice in example.choices]
@@ -174,8 +188,7 @@ def _choose(
             rows.append((example.id, prompt, choices))
         else:  # rows cannot fork without packing: every choice brings its own prompt
             rows += [(example.id, prompt, [choice]) for choice in choices]
-    flat = iter([score for row in _choice_scores(base, rows, by) for score in row])
-    return [example.choices[int(np.argmax([next(flat) for _ in example.choices]))] for example in examples]
+    return rows
 
 
 def _choice_scores(base: BaseModel, rows: list[Question], by: ChoiceScoring) -> list[list[float]]:
@@ -189,7 +202,7 @@ def _choice_scores(base: BaseModel, rows: list[Question], by: ChoiceScoring) -> 
     return found
 
 
-def _by_size(
+def by_size(
     base: BaseModel, encoder: Encoder, examples: Sequence[Example], prompts: Sequence[list[int]]
 ) -> list[list[int]]:
     """Which questions with choices are scored together, the longest first: as many as the tokens' budget holds."""

@@ -28,8 +28,12 @@ Derived = TypeVar("Derived")
 
 @contextmanager
 def standing_still() -> Iterator[None]:
-    """Within it no parameter changes and nothing is trained: what follows from a delta's parameters is derived once."""
-    token = _derived.set({})
+    """Within it no parameter changes and nothing is trained: what follows from a delta's parameters is derived once.
+
+    Within another one it is a part of that.
+    """
+    known = _derived.get()
+    token = _derived.set({} if known is None else known)
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """Find a base model by name and read it: embedded, directory, .gguf file or hub id."""
 
+import copy
 import os
 import time
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from luthier.errors import UserError, nearest
 from luthier.models.embedded import EMBEDDED, embedded_folder
 from luthier.models.gguf import load_gguf
 from luthier.models.mapped import MappedFiles
-from luthier.models.place import Place, explained
+from luthier.models.place import Place, explained, stored_dtype
 from luthier.models.quantize import Quantization
 
 Dtype = Literal["auto", "bfloat16", "float32", "float16"]
@@ -115,14 +116,14 @@ class Stored:
 
 
 def stored(spec: BaseSpec, dtype: torch.dtype) -> Stored:
-    """How `read_model` would read the weights; opens the configuration alone."""
+    """How `read_model` would read the weights; opens configuration and headers alone."""
     place = _locate(spec)
     if place.gguf:
         return Stored(torch.float32)
     with explained(place):
         config = AutoConfig.from_pretrained(place.source, **place.options)
-        kept = _dtype_of(config)
-        return Stored(kept, _twin(config, dtype, spec) is not None)
+        found = stored_dtype(place, config)
+        return Stored(found, _twin(config, found, dtype, spec) is not None)
 
 
 def read_model(spec: BaseSpec, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -135,7 +136,7 @@ def read_model(spec: BaseSpec, dtype: torch.dtype) -> tuple[Any, Any]:
         return load_gguf(Path(place.source) / place.gguf, dtype)
     tokenizer, config = read_tokenizer(spec)
     with explained(place):
-        twin = _twin(config, dtype, spec)
+        twin = _twin(config, stored_dtype(place, config), dtype, spec)
         first = torch.float32 if twin is not None else dtype
         model = _architectures(config).from_pretrained(
             place.source, config=config, dtype=first, use_safetensors=True, **place.options
@@ -149,16 +150,16 @@ def _architectures(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def _dtype_of(config: Any) -> torch.dtype:
-    return DTYPES.get(str(getattr(config, "dtype", None)).removeprefix("torch."), torch.float32)
-
-
-def _twin(config: Any, dtype: torch.dtype, spec: BaseSpec) -> Any:
-    """The model without numbers, in the precisions in which its weights of 32 bits are to be; None where they are not to be cast one by one."""
-    if _dtype_of(config) != torch.float32 or dtype.itemsize == 4 or hasattr(config, "quantization_config"):
+def _twin(config: Any, found: torch.dtype, dtype: torch.dtype, spec: BaseSpec) -> Any:
+    """The model without numbers, in the precisions in which its stored weights of 32 bits are to be; None where they are
+    not to be cast one by one.
+    """
+    if found != torch.float32 or dtype.itemsize == 4 or hasattr(config, "quantization_config"):
         return None
+    if spec.trust_remote_code and hasattr(config, "auto_map"):
+        return None  # code of others may take the precision in which it is made for anything
     with torch.device("meta"):
-        twin = _architectures(config).from_config(config, trust_remote_code=spec.trust_remote_code, dtype=dtype)
+        twin = _architectures(config).from_config(copy.deepcopy(config), dtype=dtype)  # (which writes dtype into it)
     kept = twin.state_dict()
     made_in_it = any(one.dtype == dtype for name, one in twin.named_buffers() if name not in kept)
     # Where some weights stay wide, or a buffer is computed in the precision (Gemma's scale), the model is transformers' own to cast.
@@ -173,7 +174,9 @@ def _narrow(model: Any, twin: Any) -> None:
             wide = one.data
             one.data = wide.to(wanted[name].dtype)
             files.let_go(wide)
-    for config in (model.config, *(getattr(model.config, key) for key in model.config.sub_configs)):
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    parts = [getattr(config, key) for config in configs for key in config.sub_configs]
+    for config in (*configs, *parts):
         if config is not None:
             config.dtype = twin.dtype
 
