@@ -315,11 +315,24 @@ def test_the_loss_is_the_formula(size: int, smoothing: float) -> None:
     exact = logits.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(exact, labels, reduction="sum", label_smoothing=smoothing)
     expected.backward()
-    found, gradient = loss._cross_entropy(logits, labels, smoothing, True)
+    found, gradient = loss._cross_entropy(place := logits.clone(), labels, smoothing, True)
+    assert gradient is place, "in the place of the logits"
     torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     assert error(gradient, exact.grad) <= 1
     alone, none = loss._cross_entropy(logits, labels, smoothing, False)
     assert torch.equal(alone, found) and none is None
+
+
+@built
+def test_logits_that_autograd_kept_are_not_lost_unseen() -> None:
+    """The gradient takes their place: a head that needs its own output for the way back is an error."""
+    states, labels = numbers(3, 16).requires_grad_(), torch.tensor([0, 5, 15])
+    linear, kept = states * 2.0, (states * 2.0).tanh()
+    _, into = loss._cross_entropy(linear.detach(), labels, 0.0, True)
+    torch.autograd.grad(linear, states, into)
+    _, into = loss._cross_entropy(kept.detach(), labels, 0.0, True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(kept, states, into)
 
 
 @built

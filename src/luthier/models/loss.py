@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from luthier.models.base import BaseModel
 from luthier.models.batch import Batch
@@ -54,11 +55,15 @@ def _chunk(base: BaseModel, targets: int, most: int) -> int:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """The summed loss of logits (N, V), and its gradient where it is wanted: softmax - (1 - e) one-hot - e / V, computed in fp32."""
+    """The summed loss of logits (N, V), and its gradient where it is wanted: softmax - (1 - e) one-hot - e / V, computed in fp32.
+
+    In the place of the logits, which are gone then. (Autograd is told, should it have kept them.)
+    """
     if labels.dtype == torch.int64 and (kernels := kernels_for(logits)):
-        into = torch.empty_like(logits) if wanted else None
-        return kernels.cross_entropy(logits, labels, smoothing, into).sum(), into
-    wide = logits.float() if logits.dtype != torch.float32 else logits.clone()
+        losses = kernels.cross_entropy(logits, labels, smoothing, logits if wanted else None)
+        increment_version(logits)
+        return losses.sum(), logits if wanted else None
+    wide = logits.float()
     rows, size = torch.arange(len(labels), device=labels.device), wide.shape[1]
     wide -= wide.amax(1, keepdim=True)
     chosen = wide[rows, labels]
@@ -71,7 +76,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, wanted: boo
     if smoothing:
         wide -= smoothing / size
     wide[rows, labels] -= 1 - smoothing
-    return loss, wide.to(logits.dtype)
+    return loss, wide if wide is logits else logits.copy_(wide)
 
 
 class _HeadLoss(torch.autograd.Function):
