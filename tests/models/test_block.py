@@ -169,15 +169,43 @@ def test_a_pass_leaves_the_numbers_of_another_alone(passes) -> None:
         assert (one - alone[name]).norm() <= 1e-6 * alone[name].norm(), name
 
 
-def test_checkpointed_it_gives_the_same_bits(passes, monkeypatch) -> None:
-    base = prepared("llama", METHODS_HERE["lora"])
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_checkpointed_it_gives_the_same_bits(family: str, name: str, passes, monkeypatch) -> None:
+    """Computed again on the way back, where what one block keeps takes the place of the last one's."""
+    base = prepared(family, METHODS_HERE[name])
     plain = run(base)
-    forward, computed = Attention.forward, []
+    forward, backward, computed, places = Attention.forward, Attention.backward, [], set()
     monkeypatch.setattr(Attention, "forward", lambda self, x: computed.append(self) or forward(self, x))
+    monkeypatch.setattr(
+        Attention, "backward",
+        lambda self, upstream, kept, wanted: places.add((self.shares, len(upstream), kept[2].data_ptr())) or backward(self, upstream, kept, wanted),
+    )  # fmt: skip
     with recomputed(base.model):
         again = run(base)
-    assert len(computed) == 2 * base.blocks and all(passes), "once forward, and again on the way back"
-    assert all(torch.equal(again[name], one) for name, one in plain.items())
+    attentions = sum(
+        "Attention" in type(one).__name__ and not hasattr(one, "SelfAttention") and not hasattr(one, "EncDecAttention")
+        for one in base.model.modules()
+    )
+    assert len(computed) == 2 * attentions and all(passes), "once forward, and again on the way back"
+    assert all(name for name, *_ in places)
+    assert len(places) == len({one[:2] for one in places}), "one place for each of a block's sublayers"
+    assert plain.keys() == again.keys() and all(torch.equal(again[key], one) for key, one in plain.items())
+
+
+def test_checkpointed_losses_may_go_back_in_any_order(passes) -> None:
+    base = prepared("llama", METHODS_HERE["lora"])
+    owned = list(parameters(base, "t").values())
+    rows = rows_for(base), rows_for(base, count=3, seed=1)
+    loss = lambda some: loss_sum(base, collate(some, None, True))  # noqa: E731
+    plain = [torch.autograd.grad(loss(some), owned) for some in rows]
+    with recomputed(base.model):
+        first, second = map(loss, rows)
+        both = torch.autograd.grad(second, owned), torch.autograd.grad(first, owned)
+        together = torch.autograd.grad(loss(rows[0]) + loss(rows[1]), owned)
+    for found, expected in zip(both[::-1], plain, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    for one, *others in zip(together, *plain, strict=True):
+        torch.testing.assert_close(one, sum(others), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ def run_block(block: Any, sublayers: Sequence[Sublayer], x: Tensor) -> Tensor:
 
     # transformers' forward looks at this; it is not the one that runs here.
     if block.gradient_checkpointing and block.training:
+        for place, each in enumerate(sublayers):  # what they keep is one block's at a time
+            each.shares = f"kept by {place}"
         return block._gradient_checkpointing_func(run, x)  # type: ignore[no-any-return]
     return run(x)
 

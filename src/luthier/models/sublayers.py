@@ -42,6 +42,7 @@ class Sublayer(ABC):
         self.wants = [one is not None and one.requires_grad for one in others]
         given = [one for one, wanted in zip(others, self.wants, strict=True) if wanted and one is not None]
         own = [norm.weight] if self.trains_norm else []
+        self.shares: str | None = None  # the name under which what is kept stands in shared memory: see `run_block`
         self.inputs = (*given, *own, *(one for product in products for one in product.trained))
 
     @abstractmethod
@@ -70,6 +71,12 @@ class Sublayer(ABC):
         given = into_n, x, scale, self.norm[0], self.scratch
         by_norm = [norm_weight_backward(*given)] if self.trains_norm else []
         return norm_backward(*given, skip=upstream) if wanted else None, by_norm
+
+    def _room(self, like: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+        """Flat tensors of these sizes for what is kept, in one allocation."""
+        size = sum(sizes)
+        whole = like.new_empty(size) if self.shares is None else self.scratch.take(self.shares, (size,), like)
+        return whole.split(list(sizes))
 
     def _take(self, name: str, like: Tensor, width: int) -> Tensor:
         return self.scratch.take(name, (len(like), width), like)
@@ -103,7 +110,7 @@ class Attention(Sublayer):
         seen = n if self.encoded is None else self.encoded
         shapes = [(x, query.width), (seen, key.width), (seen, key.width), (x, query.width), (x, x.shape[1])]
         sizes = [self.attended.kept_size(query.width // self.width), *(len(of) * width for of, width in shapes)]
-        room, *flat = x.new_empty(sum(sizes)).split(sizes)
+        room, *flat = self._room(x, sizes)
         q, k, v, mixed, y = (part.view(-1, width) for part, (_, width) in zip(flat, shapes, strict=True))
 
         by_query = self._turned(query, n, q)
@@ -191,7 +198,7 @@ class MLP(Sublayer):
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
         """Kept: x, g = Wg n, u = Wu n, the norm's scale and the products'."""
         sizes = [len(x) * self.gate.width] * (1 if self.up is None else 2)
-        g, *rest = (part.view(len(x), -1) for part in x.new_empty(sum(sizes)).split(sizes))
+        g, *rest = (part.view(len(x), -1) for part in self._room(x, sizes))
         n, scale = self._normed(x)
         by_gate = self.gate.forward(n, g)
         by_up = self.up.forward(n, rest[0]) if self.up else ()
