@@ -145,17 +145,9 @@ def compare(name: str, folder: Path) -> dict[str, Any]:
         )
     result = directory.result("t") or {}
     measured = result["peak_memory_bytes"] - result["memory_after_import_bytes"]
-    phase = planned.measured()
-    predicted = sum(planned.phases[phase].values())
-    error = predicted / measured - 1
-    return {
-        "name": name,
-        "phase": phase,
-        "predicted": predicted,
-        "measured": measured,
-        "error": error,
-        "plan": asdict(planned),
-    }
+    predicted = sum(planned.phases[phase := planned.measured_phase()].values())
+    found = {"name": name, "phase": phase, "predicted": predicted, "measured": measured}
+    return found | {"error": predicted / measured - 1, "plan": asdict(planned)}
 
 
 def run_in_this_process(path: str, name: str) -> None:

@@ -2,6 +2,7 @@
 
     python benchmarks/train.py [--job lora] [--data FOLDER_WITH_DIALOGSUM] [--rows 96] [--repeats 3] [--dtype auto]
                                [--ways 'batch 1, batch 2 grouped'] [--device cpu] [--json OUT.json]
+                               [--training '{"gradient_checkpointing": true}']
     python benchmarks/train.py --job lora --profile
 
 Each measurement is a process of its own: the whole train call timed (useful tokens, prompt and completion, a second), the
@@ -221,10 +222,8 @@ def main() -> None:
         from luthier.models.load import resolve_dtype
 
         given.dtype = str(resolve_dtype("auto", torch.device(given.device))).removeprefix("torch.")
-    print(
-        f"{given.job}, {given.dtype} on {given.device}, {given.rows} rows{f', {json.dumps(given.training)}' if given.training else ''}",
-        flush=True,
-    )
+    own = f", Luthier with {json.dumps(given.training)}" if given.training else ""
+    print(f"{given.job}, {given.dtype} on {given.device}, {given.rows} rows{own}", flush=True)
     if JOBS[given.job].note:
         print(textwrap.fill(f"({JOBS[given.job].note}.)", 80), flush=True)
     with tempfile.TemporaryDirectory() as folder:

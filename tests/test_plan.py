@@ -18,9 +18,9 @@ from luthier.models.dry_run import dry_run
 from luthier.models.heap import Heap
 from luthier.models.kernels.library import library
 from luthier.models.ledger import Ledger
-from luthier.models.load import Stored
 from luthier.models.loss import label_scores, loss_sum
 from luthier.models.quantize import QuantizedLinear
+from luthier.models.stored import Stored
 from luthier.phases import PACKING, READING, _DryOptimizer, loading
 from luthier.plan import plan
 from luthier.recipe_file import make_recipe

@@ -230,7 +230,7 @@ def _report(directory: RunDirectory, recipe: Recipe) -> Report:
         results,
         {name: directory.answers(name) for name in (BASELINE, *recipe.tunings)},
         {task.name: _human(recipe, task) for task in recipe.tasks},
-        {name: one.phases[one.measured()] for name, one in planned.items()},
+        {name: one.phases[one.measured_phase()] for name, one in planned.items()},
     )
     write_report(directory.path, report)
     directory.forget_checkpoints()

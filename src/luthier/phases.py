@@ -22,11 +22,11 @@ from luthier.models.frozen import SLICED, only_blocks
 from luthier.models.generate import decode_step, prefill
 from luthier.models.heap import Heap
 from luthier.models.ledger import Ledger
-from luthier.models.load import Stored
 from luthier.models.loss import label_scores, loss_sum
 from luthier.models.quantize import QuantizedLinear
 from luthier.models.recompute import recomputed
 from luthier.models.run import encode
+from luthier.models.stored import Stored
 from luthier.models.where import stands_for
 from luthier.training.optimizer import Kind, Optimizer, adamw_kernels, bucket_keys, master_bytes, state_bytes
 from luthier.training.settings import TrainingSettings

@@ -20,7 +20,7 @@ from luthier import phases
 from luthier.errors import UserError
 from luthier.models.base import BaseModel
 from luthier.models.dry_run import dry_run
-from luthier.models.load import resolve_device, resolve_dtype, stored
+from luthier.models.load import how_stored, resolve_device, resolve_dtype
 from luthier.recipe import Recipe
 from luthier.training.settings import TrainingSettings
 from luthier.tuning import Full, Interpolation, LoRA, Method, Selective, attach, parameters
@@ -55,7 +55,7 @@ class TuningPlan:
     fits: bool
     choices: list[Choice]
 
-    def measured(self) -> str:
+    def measured_phase(self) -> str:
         """The phase that holds the most of those that a stage measures: where it has a tuning, until answers are written."""
         answers = "training" not in self.phases and "interpolating" not in self.phases
         covered = {
@@ -194,7 +194,7 @@ def _once(recipe: Recipe, name: str, work: Work | None = None) -> tuple[TuningPl
     watched = bool(work.largest) and settings.watch not in ("loss", "accuracy")
     with dry_run(base, device):
         ledger = phases.new_ledger()
-        counted = {"loading": phases.loading(base, stored(recipe.base, base.dtype))}
+        counted = {"loading": phases.loading(base, how_stored(recipe.base, base.dtype))}
         if isinstance(method, Interpolation) and isinstance(grafted, Method):
             change = partial(grafted.toward_base, base, name, method.share)
             counted["interpolating"] = phases.interpolating(base, owned, change, ledger)

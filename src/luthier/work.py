@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Self
 
-from luthier.data.task import Examples, Task
+from luthier.data.task import Example, Examples, Task
 from luthier.encoding.batches import encode_all, micro_batches
 from luthier.encoding.encoder import Encoded, Encoder, cut_middle
 from luthier.encoding.order import step_rows
@@ -129,14 +129,13 @@ def _choosing(
     tasks: Sequence[tuple[Task, Examples]], encoder: Encoder, reserve: int, base: BaseModel
 ) -> list[Question]:
     """The largest group of examples whose choices are ranked together."""
-    groups: list[list[Question]] = []
-    for task, each in tasks:
-        for examples in (
-            list(islice(some, LOOKED_AT)) for some in (each.validation, each.test) if task.choices and some
-        ):
-            room = reserve + max(longest_choice(encoder, one) for one in examples)
-            prompts = [prompt_ids(encoder, one, room) for one in examples]
-            for places in by_size(base, encoder, examples, prompts):
-                chosen = [examples[place] for place in places], [prompts[place] for place in places]
-                groups.append(questions(base, encoder, *chosen))
-    return max(groups, key=lambda rows: sum(len(prompt) for _, prompt, _ in rows), default=[])
+    groups: list[tuple[list[Example], list[list[int]]]] = []
+    for some in (part for task, each in tasks if task.choices for part in (each.validation, each.test) if part):
+        examples = list(islice(some, LOOKED_AT))
+        room = reserve + max(longest_choice(encoder, one) for one in examples)
+        prompts = [prompt_ids(encoder, one, room) for one in examples]
+        for places in by_size(base, encoder, examples, prompts):
+            groups.append(([examples[place] for place in places], [prompts[place] for place in places]))
+    if not groups:
+        return []
+    return questions(base, encoder, *max(groups, key=lambda group: sum(map(len, group[1]))))

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests import tiny
 
 from luthier.errors import UserError
 from luthier.models.base import T5_FAMILIES, BaseModel
-from luthier.models.load import BaseSpec, Stored, read_model, resolve_device, resolve_dtype, stored
+from luthier.models.load import BaseSpec, how_stored, read_model, resolve_device, resolve_dtype
+from luthier.models.stored import Stored
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def test_weights_cast_one_by_one_are_those_that_transformers_casts(
     ours, _ = read_model(spec, dtype)
     theirs = type(ours).from_pretrained(tmp_path, dtype=dtype)
     left = family == "gemma2" or (base.family in T5_FAMILIES and dtype == torch.float16)
-    assert stored(spec, dtype) == Stored(torch.float32, one_by_one=not left)
+    assert how_stored(spec, dtype) == Stored(torch.float32, one_by_one=not left)
     for found, expected in (
         (ours.state_dict(), theirs.state_dict()),
         (dict(ours.named_buffers()), dict(theirs.named_buffers())),
@@ -71,7 +73,7 @@ def test_the_files_say_in_what_they_are_stored_not_the_configuration(
     told.pop("dtype")
     (tmp_path / "config.json").write_text(json.dumps(told if stated is None else {**told, "dtype": stated}))
     spec = BaseSpec(model=str(tmp_path))
-    assert stored(spec, torch.bfloat16) == Stored(dtype, one_by_one=dtype == torch.float32)
+    assert how_stored(spec, torch.bfloat16) == Stored(dtype, one_by_one=dtype == torch.float32)
     for wanted in (torch.float32, torch.bfloat16):
         model, _ = read_model(spec, wanted)
         expected = base.model.state_dict()
@@ -117,6 +119,42 @@ def test_broken_directories_are_explained(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "junk.gguf").write_bytes(b"GGUF" + b"\0" * 64)
     with pytest.raises(UserError, match="could not be read from the GGUF file"):
         BaseModel.load(BaseSpec(model=str(tmp_path / "junk.gguf")))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"model.safetensors.index.json": "[]"},
+        {"model.safetensors.index.json": "{"},
+        {"model.safetensors.index.json": '{"weight_map": {}}'},
+        {"model.safetensors.index.json": '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'},
+        {"model.safetensors": ""},
+        {"model.safetensors": "\x08\0\0\0\0\0\0\0{}      "},
+        {"config.json": '{"model_type": "llama", "dtype": "float33"}'},
+    ],
+    ids=["list", "cut", "empty", "missing shard", "no bytes", "no weights", "unknown precision"],
+)
+def test_files_of_weights_that_are_wrong_are_one_message(saved: Path, tmp_path: Path, broken: dict[str, str]) -> None:
+    for file in saved.iterdir():
+        if file.name != "model.safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    for name, text in broken.items():
+        (tmp_path / name).write_bytes(text.encode())
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(UserError, match="could not be read from the directory"):
+            BaseModel.load(BaseSpec(model=str(tmp_path), dtype=dtype))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_files_lack_are_not_drawn_at_random(saved: Path, tmp_path: Path, dtype: str) -> None:
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(saved / "model.safetensors")
+    lost = "model.layers.1.mlp.up_proj.weight"
+    del weights[lost]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"its files lack 1 of its weights \({lost}\)"):
+        BaseModel.load(BaseSpec(model=str(tmp_path), dtype=dtype))  # type: ignore[arg-type]
 
 
 def test_t5_refuses_float16(tmp_path: Path) -> None:

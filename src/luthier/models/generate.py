@@ -55,8 +55,8 @@ def generate(
     """Continue each prompt with the active tuning until a stop token or `max_new_tokens`.
 
     Returns the new token ids of each prompt, in the order given, without the stop token; with none in `stop`, as many as asked.
-    `on_finished(i, ids)` is called as soon as prompt i is done, and changes no weights. `places` are the prompts' numbers, from which their draws
-    follow; by default 0, 1, 2 ...
+    `on_finished(i, ids)` is called as soon as prompt i is done, and changes no weights. `places` are the prompts' numbers,
+    from which their draws follow; by default 0, 1, 2 ...
     """
     numbers = range(len(prompts)) if places is None else places
     results: list[list[int]] = [[] for _ in prompts]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from luthier.models.place import Place, explained
+from luthier.models.place import Place, complete, explained
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -14,9 +14,15 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     place = Place(str(path.parent), {"gguf_file": path.name}, f"GGUF file {path}", path.name)
     with explained(place):
         tokenizer = AutoTokenizer.from_pretrained(place.source, **place.options)
-        model = AutoModelForCausalLM.from_pretrained(
-            place.source, quantization_config=GgufConfig(dequantize=True), dtype=dtype, **place.options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place.source,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=dtype,
+            output_loading_info=True,
+            **place.options,
         )
+    model, found = loaded
+    complete(place, found["missing_keys"])
     # The weights are plain now: a saved copy must not claim to be quantized.
     if getattr(model, "hf_quantizer", None) is not None:
         del model.hf_quantizer

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from luthier.errors import UserError, nearest
 from luthier.models.embedded import EMBEDDED, embedded_folder
 from luthier.models.gguf import load_gguf
-from luthier.models.mapped import MappedFiles
-from luthier.models.place import Place, explained, stored_dtype
+from luthier.models.place import Place, complete, explained
 from luthier.models.quantize import Quantization
+from luthier.models.stored import Stored, narrow, stored_dtype
 
 Dtype = Literal["auto", "bfloat16", "float32", "float16"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -107,15 +107,7 @@ def read_skeleton(spec: BaseSpec, dtype: torch.dtype | None = None) -> tuple[Any
     return model, tokenizer
 
 
-@dataclass(frozen=True)
-class Stored:
-    """How a base's weights are read: their precision before they are in the base's, and whether they are cast one by one."""
-
-    dtype: torch.dtype
-    one_by_one: bool = False
-
-
-def stored(spec: BaseSpec, dtype: torch.dtype) -> Stored:
+def how_stored(spec: BaseSpec, dtype: torch.dtype) -> Stored:
     """How `read_model` would read the weights; opens configuration and headers alone."""
     place = _locate(spec)
     if place.gguf:
@@ -138,11 +130,12 @@ def read_model(spec: BaseSpec, dtype: torch.dtype) -> tuple[Any, Any]:
     with explained(place):
         twin = _twin(config, stored_dtype(place, config), dtype, spec)
         first = torch.float32 if twin is not None else dtype
-        model = _architectures(config).from_pretrained(
-            place.source, config=config, dtype=first, use_safetensors=True, **place.options
+        model, found = _architectures(config).from_pretrained(
+            place.source, config=config, dtype=first, use_safetensors=True, output_loading_info=True, **place.options
         )
+    complete(place, found["missing_keys"])
     if twin is not None:
-        _narrow(model, twin)
+        narrow(model, twin)
     return model, tokenizer
 
 
@@ -159,26 +152,13 @@ def _twin(config: Any, found: torch.dtype, dtype: torch.dtype, spec: BaseSpec) -
     if spec.trust_remote_code and hasattr(config, "auto_map"):
         return None  # code of others may take the precision in which it is made for anything
     with torch.device("meta"):
-        twin = _architectures(config).from_config(copy.deepcopy(config), dtype=dtype)  # (which writes dtype into it)
+        twin = _architectures(config).from_config(  # of a copy: it writes dtype into it
+            copy.deepcopy(config), trust_remote_code=spec.trust_remote_code, dtype=dtype
+        )
     kept = twin.state_dict()
     made_in_it = any(one.dtype == dtype for name, one in twin.named_buffers() if name not in kept)
     # Where some weights stay wide, or a buffer is computed in the precision (Gemma's scale), the model is transformers' own to cast.
     return None if made_in_it or twin._get_dtype_plan(dtype) else twin
-
-
-def _narrow(model: Any, twin: Any) -> None:
-    """Cast weights to their twins' precision, each one's pages of the mapped file let go at once: never are all in memory."""
-    files, wanted = MappedFiles(), twin.state_dict()
-    for name, one in model.state_dict(keep_vars=True).items():
-        if one.dtype != wanted[name].dtype:
-            wide = one.data
-            one.data = wide.to(wanted[name].dtype)
-            files.let_go(wide)
-    configs = [module.config for module in model.modules() if hasattr(module, "config")]
-    parts = [getattr(config, key) for config in configs for key in config.sub_configs]
-    for config in (*configs, *parts):
-        if config is not None:
-            config.dtype = twin.dtype
 
 
 def _locate(spec: BaseSpec) -> Place:

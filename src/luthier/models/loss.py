@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 from luthier.models.base import BaseModel
 from luthier.models.batch import Batch
 from luthier.models.frozen import target_states_behind
-from luthier.models.kernels.calls import kernels_for
+from luthier.models.kernels.calls import Kernels, kernels_for
 from luthier.models.run import target_states
 
 # Rows of the head's product computed at once, at most: (CHUNK, vocabulary) numbers are the largest tensors alive.
@@ -40,7 +40,7 @@ def label_scores(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
     size = _chunk(base, len(batch.labels), CHUNK)
     for chunk, labels in zip(states.split(size), batch.labels.split(size), strict=True):
         logits = base.logits(chunk)
-        if kernels := kernels_for(logits):  # which copies nothing to fp32
+        if kernels := _kernels(logits, labels):  # which copy nothing to fp32
             scores.append(-kernels.cross_entropy(logits, labels, 0.0, None))
         else:
             scores.append(-F.cross_entropy(logits.float(), labels, reduction="none"))
@@ -54,15 +54,21 @@ def _chunk(base: BaseModel, targets: int, most: int) -> int:
     return max(1, -(-targets // max(1, parts)))
 
 
+def _kernels(logits: Tensor, labels: Tensor) -> Kernels | None:
+    return kernels_for(logits) if labels.dtype == torch.int64 else None
+
+
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, wanted: bool) -> tuple[Tensor, Tensor | None]:
     """The summed loss of logits (N, V), and its gradient where it is wanted: softmax - (1 - e) one-hot - e / V, computed in fp32.
 
-    In the place of the logits, which are gone then. (Autograd is told, should it have kept them.)
+    It takes the place of the logits. (Autograd is told, should it have kept them.)
     """
-    if labels.dtype == torch.int64 and (kernels := kernels_for(logits)):
-        losses = kernels.cross_entropy(logits, labels, smoothing, logits if wanted else None)
-        increment_version(logits)
-        return losses.sum(), logits if wanted else None
+    if kernels := _kernels(logits, labels):
+        into = logits if wanted else None
+        losses = kernels.cross_entropy(logits, labels, smoothing, into)
+        if wanted:
+            increment_version(logits)
+        return losses.sum(), into
     wide = logits.float()
     rows, size = torch.arange(len(labels), device=labels.device), wide.shape[1]
     wide -= wide.amax(1, keepdim=True)
