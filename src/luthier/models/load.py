@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from luthier.errors import UserError, nearest
 from luthier.models.embedded import EMBEDDED, embedded_folder
+from luthier.models.first_calls import call_once
 from luthier.models.gguf import load_gguf
 from luthier.models.place import Place, complete, explained
 from luthier.models.quantize import Quantization
@@ -123,6 +124,7 @@ def read_model(spec: BaseSpec, dtype: torch.dtype) -> tuple[Any, Any]:
 
     Raises UserError for a name that is nothing, and for files that cannot be read.
     """
+    call_once()
     place = _locate(spec)
     if place.gguf:
         return load_gguf(Path(place.source) / place.gguf, dtype)
