@@ -16,8 +16,8 @@ def call_once() -> None:
     """Call each function once on tensors too small to be divided among threads.
 
     Each of MKL's functions looks for the processor's variant in its first call; where two threads make that call together, one
-    of them may compute by another variant, whose last bits differ (seen with `cos` and `sin`, one process in 2,000 and more often
-    on an idle machine). Then the first pass of a process, whose rotations these are, was not the pass of every other.
+    of them may compute by another variant, whose last bits differ (seen with `cos` and `sin`, in one process of 800:
+    `benchmarks/first_calls.py`). Then the first pass of a process, whose rotations these are, was not the pass of every other.
     """
     for dtype in (torch.float32, torch.float64):
         # 0.5 is in the domain of all; on the CPU whatever the default device is.
