@@ -28,6 +28,7 @@ from luthier.models.recompute import recomputed
 from luthier.models.run import encode
 from luthier.models.stored import Stored
 from luthier.models.where import stands_for
+from luthier.training.gradients import made_early
 from luthier.training.optimizer import Kind, Optimizer, adamw_kernels, bucket_keys, master_bytes, state_bytes
 from luthier.training.settings import TrainingSettings
 from luthier.work import Work
@@ -82,10 +83,10 @@ def training(
         ledger.restart()
         ledger.part = "optimizer states"
         optimizer = _DryOptimizer(owned, settings.optimizer)
-        _accumulate(base, [work.earlier], settings, ledger)
+        _accumulate(base, owned, [work.earlier], settings, ledger)
         optimizer.step(ledger)
         ledger.work = []
-        _accumulate(base, work.largest, settings, ledger)
+        _accumulate(base, owned, work.largest, settings, ledger)
         products = sum(products for products, _ in ledger.work)
         optimizer.step(ledger)
     for hook in hooks:
@@ -123,14 +124,16 @@ def _bytes(count: int) -> Tensor:
 
 
 def _accumulate(
-    base: BaseModel, groups: Sequence[Sequence[Encoded]], settings: TrainingSettings, ledger: Ledger
+    base: BaseModel, owned: Owned, groups: Sequence[Sequence[Encoded]], settings: TrainingSettings, ledger: Ledger
 ) -> None:
-    for group in groups:
-        with _parts(base, ledger), recomputed(base.model) if settings.gradient_checkpointing else nullcontext():
-            loss = loss_sum(base, _batch(base, group), settings.label_smoothing)
-            ledger.part = "activations"
-            loss.backward()  # type: ignore[no-untyped-call]
-            del loss
+    ledger.part = "gradients"
+    with made_early(owned.values() if base.on_cpu else ()):
+        for group in groups:
+            with _parts(base, ledger), recomputed(base.model) if settings.gradient_checkpointing else nullcontext():
+                loss = loss_sum(base, _batch(base, group), settings.label_smoothing)
+                ledger.part = "activations"
+                loss.backward()  # type: ignore[no-untyped-call]
+                del loss
 
 
 def interpolating(base: BaseModel, owned: Owned, change: Callable[[], None], ledger: Ledger) -> Counter[str]:

@@ -10,10 +10,14 @@ from tests.models.test_parity import rows_for, start
 
 from luthier.encoding.batches import collate
 from luthier.models import attention, where, written_out
+from luthier.models import loss as losses
 from luthier.models.base import BaseModel
 from luthier.models.families import llama, t5
+from luthier.models.kernels import library
+from luthier.models.ledger import Ledger
 from luthier.models.loss import loss_sum
 from luthier.models.recompute import recomputed
+from luthier.models.scratch import MOMENTS
 from luthier.models.sublayers import Attention
 from luthier.tuning import METHODS, attach
 from luthier.tuning.method import parameters
@@ -190,6 +194,45 @@ def test_checkpointed_it_gives_the_same_bits(family: str, name: str, passes, mon
     assert all(name for name, *_ in places)
     assert len(places) == len({one[:2] for one in places}), "one place for each of a block's sublayers"
     assert plain.keys() == again.keys() and all(torch.equal(again[key], one) for key, one in plain.items())
+
+
+class Sizes(Ledger):
+    """The bytes of every storage made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def _note(self, tensor: torch.Tensor) -> int:
+        self.sizes.append(size := super()._note(tensor))
+        return size
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["lora", "norms", "prompt", "ia3"])
+def test_checkpointed_a_second_pass_makes_nothing_as_large_as_the_inside_of_an_mlp(
+    family: str, name: str, passes, monkeypatch
+) -> None:
+    """The head's logits neither, some at a time: they stand where blocks have what they need for a moment."""
+    if isinstance(found := library.library(), str):
+        pytest.skip(f"no kernels: {found}")  # without them sums by column make their terms first
+    base = prepared(family, METHODS_HERE[name], torch.bfloat16)
+    places, plain = [], losses._cross_entropy
+    monkeypatch.setattr(losses, "_cross_entropy", lambda one, *rest: places.append(one.data_ptr()) or plain(one, *rest))
+    monkeypatch.setattr(losses, "BY_KERNELS", 4)
+    with recomputed(base.model):
+        first = run(base, fork=False)
+        places.clear()
+        ledger = Sizes()
+        ledger.hold([*base.model.parameters(), *base.model.buffers(), *base.scratch._flat.values()], "there before")
+        ledger.hold(parameters(base, "t").values(), "there before")
+        with ledger:
+            second = run(base, fork=False)
+    assert all(torch.equal(first[key], one) for key, one in second.items())
+    like = torch.empty(0, dtype=base.dtype, device=base.device)
+    assert len(places) > 2 and set(places) == {base.scratch.take(MOMENTS, (1,), like).data_ptr()}
+    tokens = sum(len(row.prompt + row.target) - 1 for row in rows_for(base))  # nothing is asked of the last
+    assert 0 < max(ledger.sizes) < tokens * base.config.intermediate_size * base.dtype.itemsize
 
 
 def test_checkpointed_losses_may_go_back_in_any_order(passes) -> None:

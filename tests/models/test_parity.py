@@ -10,7 +10,7 @@ from luthier.encoding.batches import collate, collate_choices
 from luthier.encoding.encoder import Encoded
 from luthier.models.base import BaseModel
 from luthier.models.batch import Batch
-from luthier.models.loss import label_scores, loss_sum
+from luthier.models.loss import head_loss, label_scores, loss_sum
 
 FAMILIES = tiny.DECODERS + tiny.UNPACKED + tiny.ENCODER_DECODERS + tiny.ABSOLUTE
 
@@ -84,8 +84,6 @@ def test_choices_that_share_a_prompt_score_as_if_alone(family: str) -> None:
 @pytest.mark.parametrize("family", ("llama", "gemma2", "t5", "t5-gated"))
 def test_chunked_loss_has_autograds_gradient(family: str) -> None:
     """The head's loss gives states and head the gradient that plain autograd gives."""
-    from luthier.models import loss as module
-
     base = tiny.make(family)
     head = base.model.get_output_embeddings().weight
     head.requires_grad_(True)
@@ -93,7 +91,7 @@ def test_chunked_loss_has_autograds_gradient(family: str) -> None:
     labels = torch.randint(0, head.shape[0], (600,), device=base.device)
     plain = torch.nn.functional.cross_entropy(base.logits(states).float(), labels, reduction="sum")
     expected = torch.autograd.grad(plain * 0.5, [states, head])
-    ours = module._HeadLoss.apply(states, labels, base, 0.0, *base.head_parameters())
+    ours = head_loss(base, states, labels)
     found = torch.autograd.grad(ours * 0.5, [states, head], retain_graph=True)
     torch.testing.assert_close(ours, plain)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # they were scaled where they stood

@@ -16,7 +16,7 @@ from luthier.models import biased
 from luthier.models.allocator import give_back_freed_memory, keep_freed_memory
 from luthier.models.batch import Segment
 from luthier.models.fast_paths import quicken
-from luthier.models.grafted import Grafted
+from luthier.models.grafted import Grafted, product_of
 from luthier.models.grafts import Grafts
 from luthier.models.load import (
     DEFAULT_CONTEXT,
@@ -28,6 +28,7 @@ from luthier.models.load import (
     resolve_dtype,
 )
 from luthier.models.mapped import MappedFiles
+from luthier.models.products import Product
 from luthier.models.quantize import QuantizedLinear, adopt_packed, is_packed, quantize_linears
 from luthier.models.where import kind_of
 
@@ -62,7 +63,7 @@ class BaseModel:
         self.family: str = model.config.model_type
         self.encoder_decoder: bool = bool(model.config.is_encoder_decoder)
         self.packs = self.family in PACKED_FAMILIES
-        quicken(model, self.packs)
+        self.scratch = quicken(model, self.packs)  # what blocks share
         self.grafts = Grafts(model)
         self.grafts.use(None)
         self.sharded = False  # divided over processes: see shard.py
@@ -183,7 +184,7 @@ class BaseModel:
     def logits(self, states: Tensor) -> Tensor:
         """Apply the head: (N, D) states to (N, vocabulary) logits, scaled and capped as the model does."""
         config = self.config
-        if self.family in T5_FAMILIES and getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
+        if self._scales_states:
             states = states * config.d_model**-0.5
         logits: Tensor = self.model.get_output_embeddings()(states)
         if (bias := getattr(self.model, "final_logits_bias", None)) is not None:  # BART and its kin
@@ -195,6 +196,23 @@ class BaseModel:
         if cap := getattr(config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    def bare_head(self) -> Product | None:
+        """The head, where logits are what it gives and nothing else, and its gradient is written out; else None."""
+        config = self.config
+        more = (getattr(config, key, None) for key in ("logit_scale", "logits_scaling", "final_logit_softcapping"))
+        biased = getattr(self.model, "final_logits_bias", None) is not None
+        if self.sharded or self._scales_states or biased or any(more):
+            return None
+        head = product_of(self.model.get_output_embeddings())
+        if head is not None:
+            head.scratch = self.scratch
+        return head
+
+    @property
+    def _scales_states(self) -> bool:
+        config = self.config
+        return self.family in T5_FAMILIES and getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
 
     def head_parameters(self) -> list[Tensor]:
         """The trainable tensors of the head, where the active tunings reach it."""

@@ -8,25 +8,27 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from luthier.models.grafted import Grafted
+from luthier.models.grafted import Grafted, product_of
 from luthier.models.norms import is_rms_norm
-from luthier.models.products import Product, hooked, plain
+from luthier.models.products import Product, hooked
 from luthier.models.scratch import Scratch
 from luthier.models.sublayers import Sublayer, divided
 
 
-def quicken_blocks(model: nn.Module, names: set[str], forward: Callable[..., Any]) -> None:
+def quicken_blocks(model: nn.Module, names: set[str], forward: Callable[..., Any], scratch: Scratch) -> None:
     """Let the blocks of these classes run `forward`, with memory that all of them share."""
-    scratch = Scratch()
     for module in model.modules():
         if type(module).__name__ in names:
             module._luthier_scratch = scratch  # type: ignore[assignment]
             module.forward = MethodType(forward, module)  # type: ignore[method-assign]
 
 
-def scratch_of(block: Any) -> Scratch:
-    """Memory for a pass: who does not train has no use for any that stays."""
-    return block._luthier_scratch if torch.is_grad_enabled() else Scratch()  # type: ignore[no-any-return]
+def scratch_of(block: Any, tokens: int) -> Scratch:
+    """Memory for a pass over so many tokens: who does not train has no use for any that stays."""
+    if not torch.is_grad_enabled():
+        return Scratch()
+    block._luthier_scratch.make_room(tokens)
+    return block._luthier_scratch  # type: ignore[no-any-return]
 
 
 def run_block(block: Any, sublayers: Sequence[Sublayer], x: Tensor) -> Tensor:
@@ -55,14 +57,8 @@ def are_norms(*modules: nn.Module) -> bool:
 
 def products_of(*modules: nn.Module) -> list[Product] | None:
     """The linears of a sublayer, tuned or not; None where one has no gradient that is written out."""
-    found = [_product(one) for one in modules]
+    found = [product_of(one) for one in modules]
     return None if None in found else found  # type: ignore[return-value]
-
-
-def _product(module: nn.Module) -> Product | None:
-    if not isinstance(module, Grafted):
-        return plain(module)
-    return None if hooked(module) else module.as_product()
 
 
 class _Block(torch.autograd.Function):

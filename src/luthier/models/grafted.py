@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from luthier.models.products import Product, apply_alone, plain
+from luthier.models.products import Product, apply_alone, hooked, plain
 
 EVERYTHING = slice(None)
 
@@ -159,3 +159,10 @@ class Grafted(nn.Module):
     def weight(self) -> Tensor:
         """The base's weight: some model code asks a linear for its dtype."""
         return self.base.weight  # type: ignore[return-value]
+
+
+def product_of(module: nn.Module) -> Product | None:
+    """A linear, tuned or not, as a product; None where it has no gradient that is written out, and for one with hooks."""
+    if not isinstance(module, Grafted):
+        return plain(module)
+    return None if hooked(module) else module.as_product()

@@ -6,6 +6,7 @@ A sum, with its count: whoever steps divides by the global count, so that micro-
 and ranks never change the gradient.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,19 +18,28 @@ from luthier.models.base import BaseModel
 from luthier.models.batch import Batch
 from luthier.models.frozen import target_states_behind
 from luthier.models.kernels.calls import Kernels, kernels_for
+from luthier.models.products import Product
 from luthier.models.run import target_states
+from luthier.models.scratch import MOMENTS
 
 # Rows of the head's product computed at once, at most: (CHUNK, vocabulary) numbers are the largest tensors alive.
 CHUNK = 128
 # The same where a kernel takes the loss, with two such tensors of 16 bits: fewer rows would read the head's weight, or write its gradient,
 # more often.
-BY_KERNELS = 384
+BY_KERNELS = 192
 
 
 def loss_sum(base: BaseModel, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
     """Summed cross-entropy (nats) of a batch's labels, differentiable; `label_smoothing` is the share of all tokens."""
     states = target_states(base, batch) if batch.states is None else target_states_behind(base, batch)
-    return _HeadLoss.apply(states, batch.labels, base, label_smoothing, *base.head_parameters())  # type: ignore[no-any-return]
+    return head_loss(base, states, batch.labels, label_smoothing)
+
+
+def head_loss(base: BaseModel, states: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The same of states (N, D) and their labels (N,)."""
+    head = base.bare_head() if base.on_cpu else None
+    weights = base.head_parameters() if head is None else head.trained
+    return _HeadLoss.apply(states, labels, base, head, label_smoothing, *weights)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -90,26 +100,30 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, labels: Tensor, base: BaseModel, smoothing: float, *weights: Tensor
+        ctx: Any,
+        states: Tensor,
+        labels: Tensor,
+        base: BaseModel,
+        head: Product | None,
+        smoothing: float,
+        *weights: Tensor,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         size = _chunk(base, len(labels), BY_KERNELS if kernels_for(states) else CHUNK)
-        into_states: list[Tensor] = []
-        into_weights: list[Tensor] = []
+        found: list[list[Tensor]] = []
         wanted = states.requires_grad or bool(weights)
         for chunk, targets in zip(states.split(size), labels.split(size), strict=True):
-            with torch.set_grad_enabled(wanted):
-                piece = chunk.detach().requires_grad_(wanted)
-                logits = base.logits(piece)
-            loss, into_logits = _cross_entropy(logits.detach(), targets, smoothing, wanted)
+            if head is None:
+                loss, gradients = _by_autograd(base, chunk, targets, smoothing, wanted, weights)
+            else:
+                loss, gradients = _by_product(base, head, chunk, targets, smoothing, wanted)
             total += loss
-            if wanted:
-                first, *rest = torch.autograd.grad(logits, [piece, *weights], into_logits)
-                into_states.append(first)
-                for sum_, more in zip(into_weights, rest, strict=False):
+            if found:
+                for sum_, more in zip(found[0][1:], gradients[1:], strict=True):
                     sum_ += more
-                into_weights = into_weights or rest
-        ctx.save_for_backward(*([torch.cat(into_states), *into_weights] if wanted else []))
+                gradients = gradients[:1]
+            found.append(gradients)
+        ctx.save_for_backward(*([torch.cat([one[0] for one in found]), *found[0][1:]] if wanted else []))
         return total
 
     @staticmethod
@@ -118,4 +132,29 @@ class _HeadLoss(torch.autograd.Function):
         (upstream,) = outputs
         for gradient in (kept := ctx.saved_tensors):
             gradient.mul_(upstream.to(gradient.dtype))
-        return (kept[0], None, None, None, *kept[1:])
+        return (kept[0], None, None, None, None, *kept[1:])
+
+
+def _by_autograd(
+    base: BaseModel, states: Tensor, labels: Tensor, smoothing: float, wanted: bool, weights: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The summed loss, and where they are wanted the gradients of the states and of the head's weights."""
+    with torch.set_grad_enabled(wanted):
+        piece = states.detach().requires_grad_(wanted)
+        logits = base.logits(piece)
+    loss, into_logits = _cross_entropy(logits.detach(), labels, smoothing, wanted)
+    return loss, list(torch.autograd.grad(logits, [piece, *weights], into_logits)) if wanted else []
+
+
+def _by_product(
+    base: BaseModel, head: Product, states: Tensor, labels: Tensor, smoothing: float, wanted: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The same of a head that is one product, its logits where blocks have what they need for a moment."""
+    states = states.contiguous()
+    logits = base.scratch.take(MOMENTS, (len(states), head.width), states)
+    kept = head.forward(states, logits)
+    loss, into_logits = _cross_entropy(logits, labels, smoothing, wanted)
+    if into_logits is None:
+        return loss, []
+    into = torch.empty_like(states)
+    return loss, [into, *head.backward(into_logits, states, kept, into)]  # type: ignore[list-item]

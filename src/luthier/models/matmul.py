@@ -77,6 +77,13 @@ def outer(low: Tensor, x: Tensor) -> Tensor:
     return low.T @ x if kernels is None else kernels.outer(low.contiguous(), x)
 
 
+def by_column(g: Tensor, x: Tensor) -> Tensor:
+    """Each column's sum of g x, (n,) of two (T, n), in fp32."""
+    fits = g.shape == x.shape and _alike(g, x)
+    kernels = kernels_for(x) if fits else None
+    return (g * x).sum(0, dtype=torch.float32) if kernels is None else kernels.norm_weight(g, x, None)
+
+
 def _for_product(x: Tensor, w: Tensor | FourBits, out: Tensor, bias: Tensor | None) -> Kernels | None:
     """The kernels, where such a product can be theirs; PyTorch says what is wrong with shapes that do not fit."""
     dense = None if isinstance(w, FourBits) else w

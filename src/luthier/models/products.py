@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier.models.dense import product_weight
 from luthier.models.matmul import Thin, by_kernels, gradient, product
 from luthier.models.quantize import QuantizedLinear
+from luthier.models.scratch import Scratch
 
 LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
 
@@ -29,6 +30,8 @@ class Product(ABC):
     # Whether `backward` reads x.
     reads: bool = False
     width: int  # of y
+    # Memory for a moment, where a block lends it.
+    scratch: Scratch | None = None
 
     @abstractmethod
     def forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
@@ -51,6 +54,12 @@ class Product(ABC):
     ) -> list[Tensor | None]:
         """Both, one after another."""
         return self.backward_weights(upstream, x, kept, self.backward_input(upstream, kept, into, add))
+
+    def _take(self, name: str, like: Tensor, width: int) -> Tensor:
+        """(T, width) of arbitrary numbers, until the name is asked for again."""
+        if self.scratch is None:
+            return like.new_empty(len(like), width)
+        return self.scratch.take(name, (len(like), width), like)
 
 
 class Plain(Product):

@@ -12,16 +12,18 @@ from luthier.models.kernels.calls import kernels_for
 from luthier.models.scratch import Scratch
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, scratch: Scratch, back: bool = False) -> Tensor:
-    """x and out: (T, H, d); cos and sin: (T, 1, d), each half the same."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, scratch: Scratch, back: bool = False) -> Tensor:
+    """In its place, x (T, H, d); cos and sin: (T, 1, d), each half the same."""
     turns = all(one.shape == (len(x), 1, x.shape[2]) and one.dtype == x.dtype for one in (cos, sin))
     if turns and (kernels := kernels_for(x)):
-        kernels.rotate(x, cos.contiguous(), sin.contiguous(), out, back)
-        return out
+        kernels.rotate(x, cos.contiguous(), sin.contiguous(), x, back)
+        return x
     half = x.shape[-1] // 2
     sin = -sin if back else sin
-    part = scratch.take("part", (*x.shape[:2], half), x)
     first, second, cos, sin = x[..., :half], x[..., half:], cos[..., :half], sin[..., :half]
-    torch.mul(first, cos, out=out[..., :half]).sub_(torch.mul(second, sin, out=part))
-    torch.mul(second, cos, out=out[..., half:]).add_(torch.mul(first, sin, out=part))
-    return out
+    of_first, of_second = (scratch.take(name, (*x.shape[:2], half), x) for name in ("part", "part too"))
+    torch.mul(first, sin, out=of_first)
+    torch.mul(second, sin, out=of_second)
+    first.mul_(cos).sub_(of_second)
+    second.mul_(cos).add_(of_first)
+    return x

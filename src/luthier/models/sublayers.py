@@ -22,7 +22,7 @@ from luthier.models.attended import Attended, WayBack, new_into_bias
 from luthier.models.norms import norm_again, norm_backward, norm_forward, norm_weight_backward
 from luthier.models.products import Product
 from luthier.models.rotary import rotate
-from luthier.models.scratch import Scratch
+from luthier.models.scratch import MOMENTS, Scratch
 
 # What a sublayer keeps, in an order of its own.
 Kept = list[Tensor | None]
@@ -37,6 +37,8 @@ class Sublayer(ABC):
 
     def __init__(self, norm: Any, products: Sequence[Product], scratch: Scratch, others: Sequence[Tensor | None] = ()):
         self.products, self.scratch = products, scratch
+        for product in products:
+            product.scratch = scratch
         self.norm: tuple[Tensor, float] = norm.weight, norm.variance_epsilon
         self.trains_norm = norm.weight.requires_grad
         self.wants = [one is not None and one.requires_grad for one in others]
@@ -53,14 +55,15 @@ class Sublayer(ABC):
     def backward(self, upstream: Tensor, kept: Kept, wanted: bool) -> tuple[Tensor | None, Kept]:
         """The gradient of x, where it is wanted, and those of `inputs`."""
 
-    def _normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return norm_forward(x, *self.norm, self.scratch, self._take("n", x, x.shape[1]))
+    def _normed(self, x: Tensor, out: Tensor) -> Tensor:
+        """The norm's scale, its output into `out`."""
+        return norm_forward(x, *self.norm, self.scratch, out)[1]
 
-    def _normed_again(self, x: Tensor, scale: Tensor, readers: Sequence[Product | None]) -> Tensor:
+    def _normed_again(self, x: Tensor, scale: Tensor, readers: Sequence[Product | None], out: Tensor) -> Tensor:
         """The norm's output, where any of these reads it."""
         if not any(one is not None and one.reads for one in readers):
             return x
-        return norm_again(x, scale, self.norm[0], self.scratch, self._take("n", x, x.shape[1]))
+        return norm_again(x, scale, self.norm[0], self.scratch, out)
 
     def _through_norm(
         self, into_n: Tensor | None, x: Tensor, scale: Tensor, upstream: Tensor, wanted: bool
@@ -78,8 +81,11 @@ class Sublayer(ABC):
         whole = like.new_empty(size) if self.shares is None else self.scratch.take(self.shares, (size,), like)
         return whole.split(list(sizes))
 
-    def _take(self, name: str, like: Tensor, width: int) -> Tensor:
-        return self.scratch.take(name, (len(like), width), like)
+    def _moments(self, like: Tensor, shapes: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+        """Of each shape, as many rows as a tensor has and so many columns: memory until the sublayer is done."""
+        sizes = [len(of) * width for of, width in shapes]
+        flat = self.scratch.take(MOMENTS, (sum(sizes),), like).split(sizes)
+        return [one.view(len(of), width) for one, (of, width) in zip(flat, shapes, strict=True)]
 
 
 class Attention(Sublayer):
@@ -106,18 +112,19 @@ class Attention(Sublayer):
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
         """Kept: x, what keys and values were made of, q, k, v, the mixed values, the norm's scale, the products', the weights."""
         query, key, value, output = self.products
-        n, scale = self._normed(x)
+        wide = x.shape[1]
+        n, change = self._moments(x, [(x, wide), (x, wide)])
+        scale = self._normed(x, n)
         seen = n if self.encoded is None else self.encoded
         shapes = [(x, query.width), (seen, key.width), (seen, key.width), (x, query.width), (x, x.shape[1])]
         sizes = [self.attended.kept_size(query.width // self.width), *(len(of) * width for of, width in shapes)]
         room, *flat = self._room(x, sizes)
         q, k, v, mixed, y = (part.view(-1, width) for part, (_, width) in zip(flat, shapes, strict=True))
 
-        by_query = self._turned(query, n, q)
-        by_key = self._turned(key, seen, k)
-        by_value = value.forward(seen, v)
+        by_query, by_key, by_value = query.forward(n, q), key.forward(seen, k), value.forward(seen, v)
+        self._turn(q, k)
         weights = self.attended.forward(self._three((q, k, v)), self._by_token(mixed), room, self.scratch)
-        by_output = output.forward(mixed, change := self._take("change", x, x.shape[1]))
+        by_output = output.forward(mixed, change)
         torch.add(x, change, out=y)
         self.counts = [len(one) for one in (by_query, by_key, by_value, by_output)]
         return y, [x, self.encoded, q, k, v, mixed, scale, *by_query, *by_key, *by_value, *by_output, *weights]
@@ -129,46 +136,36 @@ class Attention(Sublayer):
         assert mixed is not None and scale is not None
         query, key, value, output = self.products
         of_query, of_key, of_value, of_output, weights = divided(rest, self.counts)
-        by_output = output.backward(upstream, mixed, of_output, into_mixed := self._take("into mixed", x, q.shape[1]))  # type: ignore[arg-type]
-
-        into = [self._take(f"into {name}", one, one.shape[1]) for name, one in (("q", q), ("k", k), ("v", v))]
+        shapes = [(one, one.shape[1]) for one in (x, x, mixed, q, k, v)]
+        n, into_n, into_mixed, *into = self._moments(x, shapes)
+        by_output = output.backward(upstream, mixed, of_output, into_mixed)  # type: ignore[arg-type]
         for one in into[1:]:  # what several pieces see is a sum
             one.zero_()
         into_bias = new_into_bias(self.bias) if self.bias is not None and self.wants[0] else None
         given = self._by_token(into_mixed), self._three((q, k, v)), self._by_token(mixed), weights, self._three(into)
         self.attended.backward(WayBack(*given, into_bias), self.scratch)
-        into_q, into_k = self._turned_back(into[0], "straight"), self._turned_back(into[1], "straight too")
+        into_q, into_k, into_v = into
+        self._turn(into_q, into_k, back=True)
 
-        n = self._normed_again(x, scale, [query] if encoded is not None else [query, key, value])
-        into_n = self._take("into n", x, x.shape[1]) if wanted or self.trains_norm else None
-        by_query = query.backward(into_q, n, of_query, into_n)
-        seen, into_seen = (n, into_n) if encoded is None else (encoded, None)
+        n = self._normed_again(x, scale, [query] if encoded is not None else [query, key, value], n)
+        asked = into_n if wanted or self.trains_norm else None
+        by_query = query.backward(into_q, n, of_query, asked)
+        seen, into_seen = (n, asked) if encoded is None else (encoded, None)
         if encoded is not None and self.wants[1]:
             into_seen = torch.empty_like(encoded)
         by_key = key.backward(into_k, seen, of_key, into_seen, add=encoded is None)
-        by_value = value.backward(into[2], seen, of_value, into_seen, add=True)
+        by_value = value.backward(into_v, seen, of_value, into_seen, add=True)
 
-        into_x, by_norm = self._through_norm(into_n, x, scale, upstream, wanted)
+        into_x, by_norm = self._through_norm(asked, x, scale, upstream, wanted)
         others = [None if into_bias is None or self.bias is None else into_bias.to(self.bias.dtype), into_seen]
         by_others = [one for one, asked in zip(others, self.wants, strict=True) if asked]
         return into_x, [*by_others, *by_norm, *by_query, *by_key, *by_value, *by_output]
 
-    def _turned(self, product: Product, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
-        if self.rotary is None:
-            return product.forward(x, out)
-        found = product.forward(x, straight := self._take("straight", x, out.shape[1]))
-        self._turn(straight, out)
-        return found
-
-    def _turned_back(self, gradient: Tensor, name: str) -> Tensor:
-        if self.rotary is None:
-            return gradient
-        self._turn(gradient, out := self._take(name, gradient, gradient.shape[1]), back=True)
-        return out
-
-    def _turn(self, flat: Tensor, out: Tensor, back: bool = False) -> None:
-        assert self.rotary is not None
-        rotate(self._by_token(flat)[0], *self.rotary, self._by_token(out)[0], self.scratch, back)
+    def _turn(self, *some: Tensor, back: bool = False) -> None:
+        """Where positions are rotary, in their place."""
+        if self.rotary is not None:
+            for one in some:
+                rotate(self._by_token(one)[0], *self.rotary, self.scratch, back)
 
     def _by_token(self, flat: Tensor) -> Tensor:
         """(T, H d) as (1, T, H, d)."""
@@ -199,11 +196,12 @@ class MLP(Sublayer):
         """Kept: x, g = Wg n, u = Wu n, the norm's scale and the products'."""
         sizes = [len(x) * self.gate.width] * (1 if self.up is None else 2)
         g, *rest = (part.view(len(x), -1) for part in self._room(x, sizes))
-        n, scale = self._normed(x)
+        n, change, inner = self._moments(x, [(x, x.shape[1]), (x, x.shape[1]), (x, g.shape[1])])
+        scale = self._normed(x, n)
         by_gate = self.gate.forward(n, g)
         by_up = self.up.forward(n, rest[0]) if self.up else ()
         u = rest[0] if rest else None
-        by_down = self.down.forward(self._inner(g, u), change := self._take("change", x, x.shape[1]))
+        by_down = self.down.forward(self.activation.gate(g, u, out=inner), change)
         self.counts = [len(one) for one in (by_gate, by_up)]
         return x + change, [x, g, u, scale, *by_gate, *by_up, *by_down]
 
@@ -212,23 +210,21 @@ class MLP(Sublayer):
         x, g, u, scale, *rest = kept
         assert x is not None and g is not None and scale is not None
         of_gate, of_up, of_down = divided(rest, self.counts)
-        into_g = self._take("into g", x, g.shape[1])
+        wide, inside = (x, x.shape[1]), (x, g.shape[1])
+        more = [inside] * ((u is not None) + self.down.reads)
+        n, into_n, into_g, *others = self._moments(x, [wide, wide, inside, *more])
+        into_u = None if u is None else others[0]
+        inner = others[-1] if self.down.reads else None
         passed = self.down.backward_input(upstream, of_down, into_g)
-        into_u = None if u is None else self._take("into u", x, g.shape[1])
-        inner = self._take("inner", x, g.shape[1]) if self.down.reads else None
         self.activation.gate_backward(into_g, g, u, into_u, inner)
         by_down = self.down.backward_weights(upstream, g if inner is None else inner, of_down, passed)
 
-        n = self._normed_again(x, scale, [self.gate, self.up])
-        into_n = self._take("into n", x, x.shape[1]) if wanted or self.trains_norm else None
-        by_gate = self.gate.backward(into_g, n, of_gate, into_n)
-        by_up = self.up.backward(into_u, n, of_up, into_n, add=True) if self.up and into_u is not None else []
-        into_x, by_norm = self._through_norm(into_n, x, scale, upstream, wanted)
+        n = self._normed_again(x, scale, [self.gate, self.up], n)
+        asked = into_n if wanted or self.trains_norm else None
+        by_gate = self.gate.backward(into_g, n, of_gate, asked)
+        by_up = self.up.backward(into_u, n, of_up, asked, add=True) if self.up and into_u is not None else []
+        into_x, by_norm = self._through_norm(asked, x, scale, upstream, wanted)
         return into_x, [*by_norm, *by_gate, *by_up, *by_down]
-
-    def _inner(self, g: Tensor, u: Tensor | None) -> Tensor:
-        """act(g) * u"""
-        return self.activation.gate(g, u, out=self._take("inner", g, g.shape[1]))
 
 
 def divided(some: Kept, counts: Sequence[int]) -> list[Any]:

@@ -22,6 +22,7 @@ from luthier.models.recompute import recomputed
 from luthier.models.shard import inside, locals_of, read_parts
 from luthier.models.tensor_file import write_tensors
 from luthier.training.checkpoint import Progress, read_checkpoint, write_checkpoint
+from luthier.training.gradients import made_early
 from luthier.training.loss_scale import first_scale, grown
 from luthier.training.optimizer import Optimizer
 from luthier.training.ranks import ALONE, Ranks
@@ -169,13 +170,20 @@ def _gradients(
     """
     start = torch.get_rng_state(), torch.cuda.get_rng_state() if base.device.type == "cuda" else None
     base.embedding_noise = settings.neftune
+    early = parameters(base, name).values() if base.on_cpu and not base.sharded else ()
     try:
         with recomputed(base.model) if settings.gradient_checkpointing else nullcontext():
             while True:
                 try:
-                    found = accumulate(
-                        base, rows, progress.micro_batch_tokens, settings.label_smoothing, ranks, progress.loss_scale
-                    )
+                    with made_early(early):
+                        found = accumulate(
+                            base,
+                            rows,
+                            progress.micro_batch_tokens,
+                            settings.label_smoothing,
+                            ranks,
+                            progress.loss_scale,
+                        )
                     break
                 except (torch.OutOfMemoryError, RuntimeError) as error:
                     if not out_of_memory(error):

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.models.base import BaseModel
 from luthier.models.grafted import Delta
+from luthier.models.matmul import by_column
 from luthier.models.parts import layout
 from luthier.models.products import Plain, Product, plain
 from luthier.tuning import peft
@@ -94,14 +95,15 @@ class _ScaledOutput(Product):
     ) -> tuple[Tensor, ...]:
         """upstream: (T, out), into: (T, in)."""
         if into is not None:
-            self.linear.backward_input(upstream * kept[1], (), into, add)
+            into_y = torch.mul(upstream, kept[1], out=self._take("into y", upstream, self.width))
+            self.linear.backward_input(into_y, (), into, add)
         return ()
 
     def backward_weights(
         self, upstream: Tensor, x: Tensor, kept: Sequence[Tensor], passed: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """upstream: (T, out)."""
-        return [(upstream * kept[0]).sum(0, dtype=torch.float32).to(self.trained[0].dtype)]
+        return [by_column(upstream, kept[0]).to(self.trained[0].dtype)]
 
 
 class _ScaledInput(Product):
@@ -115,14 +117,14 @@ class _ScaledInput(Product):
     def forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
         """x: (T, in), out: (T, out)."""
         factors = self.trained[0].to(x.dtype)
-        self.linear.forward(x * factors, out)
+        self.linear.forward(torch.mul(x, factors, out=self._take("scaled", x, x.shape[1])), out)
         return (factors,)
 
     def backward_input(
         self, upstream: Tensor, kept: Sequence[Tensor], into: Tensor | None, add: bool = False
     ) -> tuple[Tensor, ...]:
         """upstream: (T, out), into: (T, in)."""
-        into_scaled = upstream.new_empty(len(upstream), len(self.trained[0]))
+        into_scaled = self._take("into scaled", upstream, len(self.trained[0]))
         self.linear.backward_input(upstream, (), into_scaled)
         if into is not None and add:
             into.addcmul_(into_scaled, kept[0])
@@ -134,7 +136,7 @@ class _ScaledInput(Product):
         self, upstream: Tensor, x: Tensor, kept: Sequence[Tensor], passed: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """x: (T, in)."""
-        return [(passed[0] * x).sum(0, dtype=torch.float32).to(self.trained[0].dtype)]
+        return [by_column(passed[0], x).to(self.trained[0].dtype)]
 
 
 @dataclass(frozen=True)

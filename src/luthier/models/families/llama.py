@@ -9,14 +9,15 @@ from luthier.models.activations import written_out_activation
 from luthier.models.attention import attended_by
 from luthier.models.block import are_called, are_norms, products_of, quicken_blocks, run_block, scratch_of
 from luthier.models.packing import Packing
+from luthier.models.scratch import Scratch
 from luthier.models.sublayers import MLP, Attention, Sublayer
 
 _SAME = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 
 
-def quicken_llama(model: nn.Module) -> None:
+def quicken_llama(model: nn.Module, scratch: Scratch) -> None:
     """Let every such block of a model run as one function where it can."""
-    quicken_blocks(model, _SAME, _forward)
+    quicken_blocks(model, _SAME, _forward, scratch)
 
 
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -46,7 +47,7 @@ def _sublayers(block: Any, x: Tensor, packing: Packing | None, positions: Any) -
     if mixing is None or inner is None:
         return None
     cos, sin = (one[0][:, None] for one in positions)  # (T, 1, d)
-    scratch = scratch_of(block)
+    scratch = scratch_of(block, x.shape[1])
     gate, up, down = inner
     return (
         Attention(norms[0], mixing, scratch, attended, attention.head_dim, rotary=(cos, sin)),

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from luthier.models.activations import written_out_activation
 from luthier.models.biased import PackedStack
 from luthier.models.block import are_called, are_norms, products_of, quicken_blocks, run_block, scratch_of
+from luthier.models.scratch import Scratch
 from luthier.models.sublayers import MLP, Attention, Sublayer
 from luthier.models.where import kind_of
 
 _SAME = {"T5Block", "MT5Block"}
 
 
-def quicken_t5(model: nn.Module) -> None:
+def quicken_t5(model: nn.Module, scratch: Scratch) -> None:
     """Let every such block of a model run as one function where it can."""
-    quicken_blocks(model, _SAME, _forward)
+    quicken_blocks(model, _SAME, _forward, scratch)
 
 
 def _forward(
@@ -57,7 +58,7 @@ def _sublayers(
     inner = products_of(gate, mlp.wo, *([] if up is None else [up]))
     if inner is None:
         return None
-    scratch = scratch_of(block)
+    scratch = scratch_of(block, x.shape[1])
     found: list[Sublayer] = []
     for layer in attending:
         across = not hasattr(layer, "SelfAttention")

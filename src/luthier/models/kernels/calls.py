@@ -131,8 +131,8 @@ class Kernels:
         self._call("luthier_norm_backward", (upstream, x, scale, weight, skip, into), x.shape)
         return into
 
-    def norm_weight(self, upstream: Tensor, x: Tensor, scale: Tensor) -> Tensor:
-        """The gradient of the norm's weight in fp32, (n,)."""
+    def norm_weight(self, upstream: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
+        """The gradient of the norm's weight in fp32, (n,); without a scale, that of factors of x."""
         into = x.new_empty(x.shape[1], dtype=torch.float32)
         self._call("luthier_norm_weight", (upstream, x, scale, into), x.shape)
         return into

@@ -52,14 +52,14 @@ void luthier_norm_backward(const bf16 *g, const bf16 *x, const float *scale, con
     }
 }
 
-/* into (n), fp32, = sum over rows of g round(r x). */
+/* into (n), fp32, = sum over rows of g round(r x); of g x where there is no scale. */
 void luthier_norm_weight(const bf16 *g, const bf16 *x, const float *scale, float *into, long tokens, long n) {
 #pragma omp parallel for schedule(static)
     for (long c = 0; c < n; c += LANES) {
         __mmask16 mask = first(n - c);
         __m512 sum = _mm512_setzero_ps();
         for (long t = 0; t < tokens; t++) {
-            __m512 normed = once(_mm512_mul_ps(read16(x + t * n + c, mask), _mm512_set1_ps(scale[t])));
+            __m512 given = read16(x + t * n + c, mask), normed = scale ? once(_mm512_mul_ps(given, _mm512_set1_ps(scale[t]))) : given;
             sum = _mm512_fmadd_ps(read16(g + t * n + c, mask), normed, sum);
         }
         _mm512_mask_storeu_ps(into + c, mask, sum);
