@@ -1,6 +1,8 @@
 """Fetching the default base: checked, whole or not there, repaired by running again."""
 
 import hashlib
+import os
+import time
 import zipfile
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -75,3 +77,13 @@ def test_an_unwritable_cache_is_named(spec: Embedded, index: dict, tmp_path: Pat
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written.*LUTHIER_CACHE"):
         embedded._fetch(spec, tmp_path / "file" / "sub")
+
+
+def test_what_killed_processes_left_is_removed_after_a_day(spec: Embedded, index: dict, tmp_path: Path) -> None:
+    left, at_work = tmp_path / "downloads" / ".partial-left", tmp_path / "downloads" / ".partial-at-work"
+    for folder in (left, at_work):
+        folder.mkdir(parents=True)
+        (folder / "half.whl").write_bytes(b"half")
+    os.utime(left, times=(time.time() - 2 * 86400,) * 2)
+    embedded._fetch(spec, tmp_path / "downloads")
+    assert not left.exists() and (at_work / "half.whl").is_file()

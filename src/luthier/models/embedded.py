@@ -11,12 +11,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.cached import cache_folder
 from luthier.errors import UserError
+
+PARTIAL = ".partial-"
+# Seconds after which nobody is at work any more on what is half-made.
+LEFT = 86400
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def _convert(weights: Path, target: Path) -> None:
 
 
 class _scratch:
-    """A temporary folder inside `parent` (same file system, so that a rename is atomic)."""
+    """A temporary folder inside `parent` (same file system, so that a rename is atomic); removes what killed processes left there."""
 
     def __init__(self, parent: Path):
         self.parent = parent
@@ -105,7 +110,11 @@ class _scratch:
     def __enter__(self) -> Path:
         try:
             self.parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.parent))
+            for left in self.parent.glob(f"{PARTIAL}*"):
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    if left.stat().st_mtime < time.time() - LEFT:
+                        shutil.rmtree(left, ignore_errors=True)
+            self.folder = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self.parent))
         except OSError as error:
             raise UserError(
                 f"The cache folder {self.parent} cannot be written: {error.strerror}. "

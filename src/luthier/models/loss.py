@@ -24,8 +24,8 @@ from luthier.models.scratch import MOMENTS
 
 # Rows of the head's product computed at once, at most: (CHUNK, vocabulary) numbers are the largest tensors alive.
 CHUNK = 128
-# The same where a kernel takes the loss, with two such tensors of 16 bits: fewer rows would read the head's weight, or write its gradient,
-# more often.
+# The same where a kernel takes the loss and writes its gradient over the logits, which stand where blocks have what they need for a moment:
+# fewer rows would read the head's weight, or write its gradient, more often; more would be larger than what blocks need.
 BY_KERNELS = 192
 
 
@@ -55,6 +55,7 @@ def label_scores(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
         else:
             scores.append(-F.cross_entropy(logits.float(), labels, reduction="none"))
         hits.append(logits.argmax(-1) == labels)
+        del logits  # before the next ones are made
     return torch.cat(scores), torch.cat(hits)
 
 
