@@ -1,6 +1,7 @@
 """A block as one function, a decoder's and T5's, against transformers' modules and autograd."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from luthier.models.families import llama, t5
 from luthier.models.kernels import library
 from luthier.models.ledger import Ledger
 from luthier.models.loss import loss_sum
+from luthier.models.products import Plain
 from luthier.models.recompute import recomputed
 from luthier.models.scratch import MOMENTS
 from luthier.models.sublayers import Attention
@@ -194,6 +196,23 @@ def test_checkpointed_it_gives_the_same_bits(family: str, name: str, passes, mon
     assert all(name for name, *_ in places)
     assert len(places) == len({one[:2] for one in places}), "one place for each of a block's sublayers"
     assert plain.keys() == again.keys() and all(torch.equal(again[key], one) for key, one in plain.items())
+
+
+@pytest.mark.parametrize(("name", "times"), [("norms", 1), ("ia3", 1), ("lora", 1), ("full", 1), ("behind the MLP", 2)])
+def test_the_last_product_is_computed_again_only_where_its_output_is_kept(
+    name: str, times: int, passes, monkeypatch
+) -> None:
+    base = prepared("llama", METHODS_HERE[name])
+    counts: Counter[str] = Counter()
+    names = {module: path.split(".")[-1] for path, module in base.grafts.modules.items()}
+    forward = Plain.forward
+    monkeypatch.setattr(
+        Plain, "forward", lambda self, *rest: counts.update([names[self.module]]) or forward(self, *rest)
+    )
+    with recomputed(base.model):
+        run(base)
+    assert counts["gate_proj"] == counts["o_proj"] == 2 * base.blocks
+    assert counts["down_proj"] == times * base.blocks
 
 
 class Sizes(Ledger):

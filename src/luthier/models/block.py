@@ -12,7 +12,7 @@ from luthier.models.grafted import Grafted, product_of
 from luthier.models.norms import is_rms_norm
 from luthier.models.products import Product, hooked
 from luthier.models.scratch import Scratch
-from luthier.models.sublayers import Sublayer, divided
+from luthier.models.sublayers import Kept, Sublayer, divided
 
 
 def quicken_blocks(model: nn.Module, names: set[str], forward: Callable[..., Any], scratch: Scratch) -> None:
@@ -33,16 +33,12 @@ def scratch_of(block: Any, tokens: int) -> Scratch:
 
 def run_block(block: Any, sublayers: Sequence[Sublayer], x: Tensor) -> Tensor:
     """x: (1, T, D); its sublayers one after another, computed again on the way back where the block is checkpointed."""
-
-    def run(x: Tensor) -> Tensor:
-        return _Block.apply(x, sublayers, *(one for each in sublayers for one in each.inputs))  # type: ignore[no-any-return]
-
     # transformers' forward looks at this; it is not the one that runs here.
-    if block.gradient_checkpointing and block.training:
+    again = block.gradient_checkpointing and block.training
+    if again:
         for place, each in enumerate(sublayers):  # what they keep is one block's at a time
             each.shares = f"kept by {place}"
-        return block._gradient_checkpointing_func(run, x)  # type: ignore[no-any-return]
-    return run(x)
+    return _Block.apply(x, sublayers, again, *(one for each in sublayers for one in each.inputs))  # type: ignore[no-any-return]
 
 
 def are_called(*modules: nn.Module) -> bool:
@@ -62,23 +58,27 @@ def products_of(*modules: nn.Module) -> list[Product] | None:
 
 
 class _Block(torch.autograd.Function):
-    """x: (1, T, D)."""
+    """x: (1, T, D); `again`: x alone is kept, and what the sublayers keep is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sublayers: Sequence[Sublayer], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, sublayers: Sequence[Sublayer], again: bool, *inputs: Tensor) -> Tensor:
         saved, ctx.counts, y = [], [], x[0]
         for sublayer in sublayers:
             y, kept = sublayer.forward(y)
             saved += kept
             ctx.counts.append(len(kept))
-        ctx.save_for_backward(*saved)
-        ctx.sublayers = sublayers
+        ctx.save_for_backward(*([x] if again else saved))
+        ctx.sublayers, ctx.again = sublayers, again
         return y[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> Any:
-        kept = divided(list(ctx.saved_tensors), ctx.counts)
+        kept = (
+            _again(ctx.sublayers, ctx.saved_tensors[0][0])
+            if ctx.again
+            else divided(list(ctx.saved_tensors), ctx.counts)
+        )
         wanted = [ctx.needs_input_grad[0]]  # of each sublayer's x: where anything before has a gradient
         for sublayer in ctx.sublayers:
             wanted.append(wanted[-1] or bool(sublayer.inputs))
@@ -90,4 +90,13 @@ class _Block(torch.autograd.Function):
                 continue
             upstream, by_inputs = sublayer.backward(upstream, mine, asked)
             found = [*by_inputs, *found]
-        return None if upstream is None else upstream[None], None, *found
+        return None if upstream is None else upstream[None], None, None, *found
+
+
+def _again(sublayers: Sequence[Sublayer], x: Tensor) -> list[Kept]:
+    """What each keeps, once more; the last one's y is nobody's."""
+    found = []
+    for sublayer in sublayers[:-1]:
+        x, kept = sublayer.forward(x)
+        found.append(kept)
+    return [*found, sublayers[-1].again(x)]

@@ -37,6 +37,10 @@ class Product(ABC):
     def forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
         """Write y into `out`; returns what `backward` needs besides x."""
 
+    def again(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` returned, once more; what it writes into `out` is not looked at."""
+        return self.forward(x, out)
+
     @abstractmethod
     def backward_input(
         self, upstream: Tensor, kept: Sequence[Tensor], into: Tensor | None, add: bool = False
@@ -77,6 +81,10 @@ class Plain(Product):
     def forward(self, x: Tensor, out: Tensor, thin: Thin | None = None) -> tuple[Tensor, ...]:
         """x: (T, in), out: (T, out); `thin`, if any, is what stands beside this linear."""
         self._multiply(x, True, out, self.bias, thin)
+        return ()
+
+    def again(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        """Nothing."""
         return ()
 
     def backward_input(

@@ -51,6 +51,10 @@ class Sublayer(ABC):
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
         """y and what `backward` needs."""
 
+    def again(self, x: Tensor) -> Kept:
+        """What `forward` found that `backward` needs, once more."""
+        return self.forward(x)[1]
+
     @abstractmethod
     def backward(self, upstream: Tensor, kept: Kept, wanted: bool) -> tuple[Tensor | None, Kept]:
         """The gradient of x, where it is wanted, and those of `inputs`."""
@@ -194,6 +198,17 @@ class MLP(Sublayer):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
         """Kept: x, g = Wg n, u = Wu n, the norm's scale and the products'."""
+        kept, change, inner = self._inside(x)
+        by_down = self.down.forward(inner, change)
+        return x + change, [*kept, *by_down]
+
+    def again(self, x: Tensor) -> Kept:
+        """Without y."""
+        kept, change, inner = self._inside(x)
+        return [*kept, *self.down.again(inner, change)]
+
+    def _inside(self, x: Tensor) -> tuple[Kept, Tensor, Tensor]:
+        """What is kept but for the last product's, where that may write, and what it takes."""
         sizes = [len(x) * self.gate.width] * (1 if self.up is None else 2)
         g, *rest = (part.view(len(x), -1) for part in self._room(x, sizes))
         n, change, inner = self._moments(x, [(x, x.shape[1]), (x, x.shape[1]), (x, g.shape[1])])
@@ -201,9 +216,8 @@ class MLP(Sublayer):
         by_gate = self.gate.forward(n, g)
         by_up = self.up.forward(n, rest[0]) if self.up else ()
         u = rest[0] if rest else None
-        by_down = self.down.forward(self.activation.gate(g, u, out=inner), change)
         self.counts = [len(one) for one in (by_gate, by_up)]
-        return x + change, [x, g, u, scale, *by_gate, *by_up, *by_down]
+        return [x, g, u, scale, *by_gate, *by_up], change, self.activation.gate(g, u, out=inner)
 
     def backward(self, upstream: Tensor, kept: Kept, wanted: bool) -> tuple[Tensor | None, Kept]:
         """upstream: (T, D)."""

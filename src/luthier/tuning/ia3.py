@@ -120,6 +120,10 @@ class _ScaledInput(Product):
         self.linear.forward(torch.mul(x, factors, out=self._take("scaled", x, x.shape[1])), out)
         return (factors,)
 
+    def again(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        """The factors."""
+        return (self.trained[0].to(x.dtype),)
+
     def backward_input(
         self, upstream: Tensor, kept: Sequence[Tensor], into: Tensor | None, add: bool = False
     ) -> tuple[Tensor, ...]:

@@ -78,6 +78,11 @@ class _TunedProduct(Product):
         self.linear.forward(x, out, (low, b.T))
         return low, a, b
 
+    def again(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        """x: (T, in)."""
+        a, b = self.delta.thin(x.dtype)
+        return narrow(x, a), a, b
+
     def backward_input(
         self, upstream: Tensor, kept: Sequence[Tensor], into: Tensor | None, add: bool = False
     ) -> tuple[Tensor, ...]:
