@@ -98,3 +98,14 @@ def test_chunked_loss_has_autograds_gradient(family: str) -> None:
         torch.autograd.grad(ours * 0.5, [states, head])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_loss_without_gradients_takes_no_memory_that_stays() -> None:
+    base = tiny.make("llama")
+    batch = batch_of(base, rows_for(base))
+    with torch.inference_mode():
+        alone = loss_sum(base, batch)
+    assert not base.scratch._flat
+    owned = base.model.get_output_embeddings().weight.requires_grad_(True)
+    torch.testing.assert_close(loss_sum(base, batch).detach(), alone.clone())
+    assert torch.autograd.grad(loss_sum(base, batch), owned)[0].abs().sum() > 0

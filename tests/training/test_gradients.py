@@ -58,3 +58,10 @@ def test_a_step_has_the_same_gradients_with_them_and_without(family: str, monkey
     assert found[0][0] == found[1][0]
     assert all(torch.equal(one, found[1][1][key]) for key, one in found[0][1].items())
     assert loop.made_early is made_early
+
+
+def test_a_pass_that_fails_leaves_no_gradient_of_who_was_not_met() -> None:
+    unmet = Parameter(torch.ones(3))
+    with pytest.raises(RuntimeError), made_early([unmet]):
+        raise RuntimeError
+    assert unmet.grad is None

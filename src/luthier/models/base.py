@@ -204,10 +204,7 @@ class BaseModel:
         biased = getattr(self.model, "final_logits_bias", None) is not None
         if self.sharded or self._scales_states or biased or any(more):
             return None
-        head = product_of(self.model.get_output_embeddings())
-        if head is not None:
-            head.scratch = self.scratch
-        return head
+        return product_of(self.model.get_output_embeddings())
 
     @property
     def _scales_states(self) -> bool:

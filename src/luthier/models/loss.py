@@ -20,7 +20,7 @@ from luthier.models.frozen import target_states_behind
 from luthier.models.kernels.calls import Kernels, kernels_for
 from luthier.models.products import Product
 from luthier.models.run import target_states
-from luthier.models.scratch import MOMENTS
+from luthier.models.scratch import MOMENTS, Scratch
 
 # Rows of the head's product computed at once, at most: (CHUNK, vocabulary) numbers are the largest tensors alive.
 CHUNK = 128
@@ -39,6 +39,8 @@ def head_loss(base: BaseModel, states: Tensor, labels: Tensor, label_smoothing: 
     """The same of states (N, D) and their labels (N,)."""
     head = base.bare_head() if base.on_cpu else None
     weights = base.head_parameters() if head is None else head.trained
+    if head is not None:  # as in blocks, who does not train has no use for memory that stays
+        head.scratch = base.scratch if torch.is_grad_enabled() else Scratch()
     return _HeadLoss.apply(states, labels, base, head, label_smoothing, *weights)  # type: ignore[no-any-return]
 
 
@@ -117,7 +119,7 @@ class _HeadLoss(torch.autograd.Function):
             if head is None:
                 loss, gradients = _by_autograd(base, chunk, targets, smoothing, wanted, weights)
             else:
-                loss, gradients = _by_product(base, head, chunk, targets, smoothing, wanted)
+                loss, gradients = _by_product(head, chunk, targets, smoothing, wanted)
             total += loss
             if found:
                 for sum_, more in zip(found[0][1:], gradients[1:], strict=True):
@@ -148,11 +150,12 @@ def _by_autograd(
 
 
 def _by_product(
-    base: BaseModel, head: Product, states: Tensor, labels: Tensor, smoothing: float, wanted: bool
+    head: Product, states: Tensor, labels: Tensor, smoothing: float, wanted: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The same of a head that is one product, its logits where blocks have what they need for a moment."""
     states = states.contiguous()
-    logits = base.scratch.take(MOMENTS, (len(states), head.width), states)
+    assert head.scratch is not None
+    logits = head.scratch.take(MOMENTS, (len(states), head.width), states)
     kept = head.forward(states, logits)
     loss, into_logits = _cross_entropy(logits, labels, smoothing, wanted)
     if into_logits is None:

@@ -5,8 +5,8 @@
     MLP         y = x + Wd (act(Wg n) * Wu n)             or, without a gate, x + Wd act(Wg n)
 
 Kept for the way back: x, q, k, v, the attention's weights and output, Wg n and Wu n. The norms' outputs and the MLP's inner
-product are computed again, by a pass or two over memory each, and only for tunings that read them. What is needed for a moment
-stands in memory that all blocks share, and what a sublayer keeps in one allocation. Forward they round where transformers'
+product are computed again, by a pass or two over memory each, and only for tunings that read them. What is needed until a sublayer is
+done stands in one room that all share, and what a sublayer keeps in one allocation. Forward they round where transformers'
 modules round, so that a tuning with a part that runs through these has the very bits of one that does not.
 """
 

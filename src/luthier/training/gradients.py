@@ -20,7 +20,9 @@ def made_early(parameters: Iterable[Parameter]) -> Iterator[None]:
         if one.grad is None and one.requires_grad and one.numel() * one.element_size() <= SMALL:
             one.grad = torch.zeros_like(one)
             made.append((one, one.grad._version))
-    yield
-    for one, version in made:
-        if one.grad is not None and one.grad._version == version:
-            one.grad = None
+    try:
+        yield
+    finally:
+        for one, version in made:
+            if one.grad is not None and one.grad._version == version:
+                one.grad = None
