@@ -29,6 +29,8 @@ class Product(ABC):
     trained: tuple[Tensor, ...] = ()
     # Whether `backward` reads x.
     reads: bool = False
+    # Whether `again` does.
+    rereads: bool = True
     width: int  # of y
     # Memory for a moment, where a block lends it.
     scratch: Scratch | None = None
@@ -68,6 +70,8 @@ class Product(ABC):
 
 class Plain(Product):
     """A linear as it stands in the model: frozen, trained or in 4 bits."""
+
+    rereads = False
 
     def __init__(self, module: nn.Module):
         self.module = module

@@ -199,16 +199,16 @@ class MLP(Sublayer):
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
         """Kept: x, g = Wg n, u = Wu n, the norm's scale and the products'."""
         kept, change, inner = self._inside(x)
-        by_down = self.down.forward(inner, change)
+        by_down = self.down.forward(self._through(kept, inner), change)
         return x + change, [*kept, *by_down]
 
     def again(self, x: Tensor) -> Kept:
         """Without y."""
         kept, change, inner = self._inside(x)
-        return [*kept, *self.down.again(inner, change)]
+        return [*kept, *self.down.again(self._through(kept, inner) if self.down.rereads else inner, change)]
 
     def _inside(self, x: Tensor) -> tuple[Kept, Tensor, Tensor]:
-        """What is kept but for the last product's, where that may write, and what it takes."""
+        """What is kept but for the last product's, where that may write, and where what it takes may stand."""
         sizes = [len(x) * self.gate.width] * (1 if self.up is None else 2)
         g, *rest = (part.view(len(x), -1) for part in self._room(x, sizes))
         n, change, inner = self._moments(x, [(x, x.shape[1]), (x, x.shape[1]), (x, g.shape[1])])
@@ -217,7 +217,11 @@ class MLP(Sublayer):
         by_up = self.up.forward(n, rest[0]) if self.up else ()
         u = rest[0] if rest else None
         self.counts = [len(one) for one in (by_gate, by_up)]
-        return [x, g, u, scale, *by_gate, *by_up], change, self.activation.gate(g, u, out=inner)
+        return [x, g, u, scale, *by_gate, *by_up], change, inner
+
+    def _through(self, kept: Kept, out: Tensor) -> Tensor:
+        """act(g) * u"""
+        return self.activation.gate(kept[1], kept[2], out=out)  # type: ignore[arg-type]
 
     def backward(self, upstream: Tensor, kept: Kept, wanted: bool) -> tuple[Tensor | None, Kept]:
         """upstream: (T, D)."""

@@ -110,6 +110,7 @@ class _ScaledInput(Product):
     """W (x * l) + b for a frozen linear."""
 
     reads = True
+    rereads = False
 
     def __init__(self, linear: Plain, factors: Parameter):
         self.linear, self.width, self.trained = linear, linear.width, (factors,)
