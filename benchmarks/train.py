@@ -10,7 +10,7 @@ peak of its memory, and the validation loss after, which has to be within 2 % of
 for everybody. A peer as installed takes the very rows of Luthier's steps in padded batches of 8; its best is found in the
 same run: batches of 1, 2, 4, 8 accumulated to 8 rows, grouped by length, for TRL packed too, each without and, where it
 is there, with tcmalloc preloaded (Debian: libtcmalloc-minimal4). Luthier sets its allocator itself and is measured with
-tcmalloc as well. The median of the repeats counts. Every side has the same precision: by default the faster of bfloat16
+tcmalloc as well. The median of the repeats counts, all sides in turn. Every side has the same precision: by default the faster of bfloat16
 and float32 on this machine. `--profile` trains Luthier alone and says where its step goes.
 
 Peers are in the extra `peers`: pip install -e '.[peers,quantize]' -c constraints.txt. `adapters` asks for another transformers:
@@ -78,19 +78,13 @@ class Bench:
         )
         return found
 
-    def repeated(self, side: str, way: Way, first: Measured | None = None) -> Measured:
-        """The median of the repeats; `first` was measured before."""
-        runs = [first] if first else []
-        runs += [found for _ in range(self.given.repeats - len(runs)) if (found := self.measure(side, way))]
-        if not runs:
-            raise SystemExit(f"{side} could not be measured.")
-        return median(runs)
-
     def compare(self) -> list[dict[str, Any]]:
-        """Luthier against each peer as installed and at its best."""
-        mine = self.repeated("luthier", AS_INSTALLED)
-        preloaded = self.repeated("luthier", replace(AS_INSTALLED, tcmalloc=True)) if len(self.modes) > 1 else None
-        results = []
+        """Luthier against each peer as installed and at its best. Everything is measured once, then what is compared in turn,
+        again and again: a machine that slows down does so for all.
+        """
+        own = [("luthier", replace(AS_INSTALLED, tcmalloc=mode)) for mode in self.modes]
+        runs = {one: [self.measure(*one)] for one in own}
+        compared: list[tuple[str, str, Way, bool]] = []
         for side in self.peers():
             layouts = [way for way in ways(side, read_rows(self.rows)[0]) if way == AS_INSTALLED or self.asked(way)]
             every = [replace(way, tcmalloc=mode) for way in layouts for mode in self.modes]
@@ -98,12 +92,27 @@ class Bench:
             if not tried:
                 continue
             best = max(tried, key=lambda way: tried[way]["rate"])
-            named = {f"{side} as installed": AS_INSTALLED, f"{side} {best}": best}
-            for name, way in named.items():
+            for name, way in {f"{side} as installed": AS_INSTALLED, f"{side} {best}": best}.items():
                 if way in tried:
-                    theirs = self.repeated(side, way, tried[way])
-                    results.append(self.said(entry(self.given.job, name, theirs, mine, preloaded), best=way == best))
+                    compared.append((name, side, way, way == best))
+                    runs[side, way] = [tried[way]]
+        for _ in range(self.given.repeats - 1):
+            for one, found in runs.items():
+                found.append(self.measure(*one))
+        found = {one: self.median(one[0], every) for one, every in runs.items()}
+        mine, preloaded = found[own[0]], found[own[1]] if len(own) > 1 else None
+        results = [
+            self.said(entry(self.given.job, name, found[side, way], mine, preloaded), best=best)
+            for name, side, way, best in compared
+        ]
         return results or [self.said(entry(self.given.job, None, None, mine, preloaded))]
+
+    def median(self, side: str, runs: list[Measured | None]) -> Measured:
+        """The median of a side's runs that did not fail."""
+        done = [one for one in runs if one]
+        if not done:
+            raise SystemExit(f"{side} could not be measured.")
+        return median(done)
 
     def asked(self, way: Way) -> bool:
         """Whether a way is to be tried."""

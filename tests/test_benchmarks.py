@@ -60,3 +60,36 @@ def test_products_are_counted_forward_and_backward() -> None:
     assert found["product_share"] == 0.5
     assert found["achieved_fraction"] == pytest.approx(products.flops / found["product_rate_alone"])
     assert max(map(len, text(found).splitlines())) <= 80
+
+
+def test_sides_are_measured_in_turn_and_the_best_way_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything once; then what is compared again, one side after another, so that a slow minute is everybody's."""
+    import argparse
+    from types import SimpleNamespace
+
+    import train
+    from training.sides import AS_INSTALLED, Way
+
+    asked: list[tuple[str, str]] = []
+
+    def measure(self: train.Bench, side: str, way: Way) -> dict[str, float] | None:
+        asked.append((side, str(way)))
+        rate = {"luthier": 900.0, "trainer": 100.0 if way == AS_INSTALLED else 300.0}[side] + len(asked)
+        return None if len(asked) == 6 else MINE | {"rate": rate}
+
+    bench = object.__new__(train.Bench)
+    bench.given = argparse.Namespace(
+        job="lora", repeats=3, ways="batch 2 grouped", dtype="bfloat16", device="cpu", rows=8, training={}
+    )
+    bench.job, bench.rows, bench.modes = SimpleNamespace(note=""), Path(), [False]
+    monkeypatch.setattr(train.Bench, "measure", measure)
+    monkeypatch.setattr(train.Bench, "peers", lambda self: ["trainer"])
+    monkeypatch.setattr(train, "read_rows", lambda path: ([], []))
+    results = bench.compare()
+    sides = [("luthier", "batch 8"), ("trainer", "batch 8"), ("trainer", "batch 2 grouped")]
+    assert asked == sides * 3
+    assert [(one["peer"], one["best"]) for one in results] == [
+        ("trainer as installed", False), ("trainer batch 2 grouped", True)
+    ]  # fmt: skip
+    assert [one["peer_value"] for one in results] == [105.0, 306.0]  # of 102, 105, 108 and of 303, (failed), 309
+    assert results[0]["ours"] == 904.0

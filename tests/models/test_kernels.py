@@ -334,6 +334,17 @@ def test_the_loss_is_the_formula(size: int, smoothing: float) -> None:
 
 
 @built
+def test_what_is_far_below_the_best_has_no_part_and_no_denormal_number_is_made() -> None:
+    logits = torch.tensor([[0.0, -80, -86, -88, -95, -103, -200, -torch.inf]], dtype=torch.bfloat16)
+    exact = logits.double().softmax(-1)
+    found, gradient = loss._cross_entropy(logits.clone(), torch.tensor([1]), 0.0, True)
+    torch.testing.assert_close(found.double(), -exact[0, 1].log(), rtol=1e-5, atol=0)
+    exact[0, 1] -= 1
+    torch.testing.assert_close(gradient.double()[0, :3], exact[0, :3], rtol=2**-8, atol=0)
+    assert not gradient[0, 3:].any()
+
+
+@built
 def test_logits_that_autograd_kept_are_not_lost_unseen() -> None:
     """The gradient takes their place: a head that needs its own output for the way back is an error."""
     states, labels = numbers(3, 16).requires_grad_(), torch.tensor([0, 5, 15])

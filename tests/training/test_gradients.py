@@ -47,7 +47,13 @@ def test_a_step_has_the_same_gradients_with_them_and_without(family: str, monkey
     attach(base, "t", LoRA(rank=4), 0)
     base.use("t")
     owned, settings = parameters(base, "t"), TrainingSettings(micro_batch_tokens=32)
-    found = []
+    found, told = [], []
+
+    def seen(given):
+        told.append(list(given))
+        return made_early(told[-1])
+
+    monkeypatch.setattr(loop, "made_early", seen)
     for small in (SMALL, 0):
         monkeypatch.setattr(gradients, "SMALL", small)
         progress = Progress(micro_batch_tokens=32)
@@ -57,7 +63,7 @@ def test_a_step_has_the_same_gradients_with_them_and_without(family: str, monkey
             one.grad = None
     assert found[0][0] == found[1][0]
     assert all(torch.equal(one, found[1][1][key]) for key, one in found[0][1].items())
-    assert loop.made_early is made_early
+    assert [{id(one) for one in given} for given in told] == [{id(one) for one in owned.values()}] * 2
 
 
 def test_a_pass_that_fails_leaves_no_gradient_of_who_was_not_met() -> None:
