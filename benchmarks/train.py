@@ -2,7 +2,7 @@
 
     python benchmarks/train.py [--job lora] [--data FOLDER_WITH_DIALOGSUM] [--rows 96] [--repeats 3] [--dtype auto]
                                [--ways 'batch 1, batch 2 grouped'] [--device cpu] [--json OUT.json]
-                               [--training '{"gradient_checkpointing": true}']
+                               [--training '{}' --training '{"gradient_checkpointing": true}']
     python benchmarks/train.py --job lora --profile
 
 Each measurement is a process of its own: the whole train call timed (useful tokens, prompt and completion, a second), the
@@ -10,7 +10,8 @@ peak of its memory, and the validation loss after, which has to be within 2 % of
 for everybody. A peer as installed takes the very rows of Luthier's steps in padded batches of 8; its best is found in the
 same run: batches of 1, 2, 4, 8 accumulated to 8 rows, grouped by length, for TRL packed too, each without and, where it
 is there, with tcmalloc preloaded (Debian: libtcmalloc-minimal4). Luthier sets its allocator itself and is measured with
-tcmalloc as well. The median of the repeats counts, all sides in turn. Every side has the same precision: by default the faster of bfloat16
+tcmalloc as well; `--training` more than once compares Luthier under each of these settings with the same runs of the peer.
+The median of the repeats counts, all sides in turn. Every side has the same precision: by default the faster of bfloat16
 and float32 on this machine. `--profile` trains Luthier alone and says where its step goes.
 
 Peers are in the extra `peers`: pip install -e '.[peers,quantize]' -c constraints.txt. `adapters` asks for another transformers:
@@ -49,22 +50,23 @@ class Bench:
         from luthier.models.embedded import embedded_folder
 
         self.given, self.job, self.rows = given, JOBS[given.job], folder / "rows.json"
-        self.modes = MODES if given.device == "cpu" else [False]
+        self.modes, self.own = MODES if given.device == "cpu" else [False], list(map(json.dumps, given.training))
         self.model = given.model or embedded_folder("smollm2-135m-instruct")
         self.tokens = write_rows(self.rows, str(self.model), given.data, given.rows, self.job.t5)
         if self.job.t5:
             write_t5(folder / "t5", self.model)
             self.model = folder / "t5"
 
-    def measure(self, side: str, way: Way) -> Measured | None:
-        """One run; None where it failed."""
+    def measure(self, side: str, way: Way, own: str = "{}") -> Measured | None:
+        """One run; None where it failed. `own` are settings of Luthier's, as JSON."""
         environment = os.environ | ({"LD_PRELOAD": str(TCMALLOC)} if way.tcmalloc else {})
         told = {"side": side, "job": self.given.job, "rows": str(self.rows), "model": str(self.model)}
-        told |= {"dtype": self.given.dtype, "way": asdict(way), "device": self.given.device, "own": self.given.training}
+        told |= {"dtype": self.given.dtype, "way": asdict(way), "device": self.given.device, "own": json.loads(own)}
         python = str(self.given.adapters_python) if side == "adapters" else sys.executable
         command = [python, __file__, "--run", json.dumps(told)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        how = f"luthier{', tcmalloc' if way.tcmalloc else ''}" if side in ("luthier", "profile") else f"{side} {way}"
+        named = f"luthier {own if own != '{}' else ''}".strip() + (", tcmalloc" if way.tcmalloc else "")
+        how = named if side in ("luthier", "profile") else f"{side} {way}"
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             print(f"{how} failed: {said[-1]}", flush=True)
@@ -72,7 +74,7 @@ class Bench:
         found: Measured = json.loads(done.stdout.strip().splitlines()[-1])
         found["rate"] = self.tokens / found["seconds"]
         print(
-            f"{how:33}{found['rate']:6.0f} tok/s{found['peak_bytes'] / 1e9:6.1f} GB{found['steps']:4d} steps  "
+            f"{how:33}{found['rate']:6.0f} tok/s{found['peak_bytes'] / 1e9:6.2f} GB{found['steps']:4d} steps  "
             f"loss {found['loss']:7.4f}",
             flush=True,
         )
@@ -82,8 +84,10 @@ class Bench:
         """Luthier against each peer as installed and at its best. Everything is measured once, then what is compared in turn,
         again and again: a machine that slows down does so for all.
         """
-        own = [("luthier", replace(AS_INSTALLED, tcmalloc=mode)) for mode in self.modes]
-        runs = {one: [self.measure(*one)] for one in own}
+        mine = {
+            own: [("luthier", replace(AS_INSTALLED, tcmalloc=mode), own) for mode in self.modes] for own in self.own
+        }
+        runs = {one: [self.measure(*one)] for every in mine.values() for one in every}
         compared: list[tuple[str, str, Way, bool]] = []
         for side in self.peers():
             layouts = [way for way in ways(side, read_rows(self.rows)[0]) if way == AS_INSTALLED or self.asked(way)]
@@ -95,17 +99,19 @@ class Bench:
             for name, way in {f"{side} as installed": AS_INSTALLED, f"{side} {best}": best}.items():
                 if way in tried:
                     compared.append((name, side, way, way == best))
-                    runs[side, way] = [tried[way]]
+                    runs[side, way, "{}"] = [tried[way]]
         for _ in range(self.given.repeats - 1):
             for one, found in runs.items():
                 found.append(self.measure(*one))
         found = {one: self.median(one[0], every) for one, every in runs.items()}
-        mine, preloaded = found[own[0]], found[own[1]] if len(own) > 1 else None
-        results = [
-            self.said(entry(self.given.job, name, found[side, way], mine, preloaded), best=best)
-            for name, side, way, best in compared
-        ]
-        return results or [self.said(entry(self.given.job, None, None, mine, preloaded))]
+        results = []
+        for own, (plain, *preloaded) in mine.items():
+            ours = [found[plain], found[preloaded[0]] if preloaded else None]
+            results += [
+                self.said(entry(self.given.job, name, found[side, way, "{}"], *ours), own, best=best)
+                for name, side, way, best in compared
+            ] or [self.said(entry(self.given.job, None, None, *ours), own)]
+        return results
 
     def median(self, side: str, runs: list[Measured | None]) -> Measured:
         """The median of a side's runs that did not fail."""
@@ -136,13 +142,13 @@ class Bench:
         """Luthier alone, with the matrix products of its steps."""
         from training.profile import text
 
-        found = self.measure("profile", AS_INSTALLED)
+        found = self.measure("profile", AS_INSTALLED, self.own[0])
         if found is None:
             raise SystemExit("The profile could not be taken.")
         print(f"\n{text(found['profile'])}")  # type: ignore[arg-type]
-        return [self.said(entry(self.given.job, None, None, found)) | {"profile": found["profile"]}]
+        return [self.said(entry(self.given.job, None, None, found), self.own[0]) | {"profile": found["profile"]}]
 
-    def said(self, one: dict[str, Any], **more: Any) -> dict[str, Any]:
+    def said(self, one: dict[str, Any], own: str, **more: Any) -> dict[str, Any]:
         """An entry with what it was measured on."""
         versions = {name: _version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes")}
         shared = {
@@ -151,7 +157,7 @@ class Bench:
             "rows": self.given.rows,
             "repeats": self.given.repeats,
             "batch": BATCH,
-            "training": self.given.training,
+            "training": json.loads(own),
         }
         return one | more | shared | {"note": self.job.note, "versions": versions}
 
@@ -202,10 +208,10 @@ def main() -> None:
     parser.add_argument(
         "--training",
         type=json.loads,
-        default={},
+        action="append",
         metavar="JSON",
         help="settings of Luthier's training that say what it holds: '{\"micro_batch_tokens\": 512}', "
-        "'{\"gradient_checkpointing\": true}'; default: its own",
+        "'{\"gradient_checkpointing\": true}'; more than once: each; default: its own",
     )
     parser.add_argument("--adapters-python", type=Path, help="the Python of an environment with adapters")
     parser.add_argument("--profile", action="store_true", help="Luthier alone: its matrix products")
@@ -218,10 +224,12 @@ def main() -> None:
     for key in ("rows", "repeats"):
         if getattr(given, key) < 1:
             parser.error(f"--{key} is {getattr(given, key)}; it must be at least 1")
-    if not isinstance(given.training, dict):
-        parser.error(f"--training is {json.dumps(given.training)}; it must be an object")
-    if unknown := set(given.training) - OWN:
-        parser.error(f"--training: {', '.join(sorted(unknown))} is none of {', '.join(sorted(OWN))}")
+    given.training = given.training or [{}]
+    for one in given.training:
+        if not isinstance(one, dict):
+            parser.error(f"--training is {json.dumps(one)}; it must be an object")
+        if unknown := set(one) - OWN:
+            parser.error(f"--training: {', '.join(sorted(unknown))} is none of {', '.join(sorted(OWN))}")
     known = set(SIDES) - {"luthier", "profile"}
     if unknown := set(filter(None, (given.peers or "").split(","))) - known:
         parser.error(f"--peers: {', '.join(sorted(unknown))} is none of {', '.join(sorted(known))}")
@@ -231,15 +239,15 @@ def main() -> None:
         from luthier.models.load import resolve_dtype
 
         given.dtype = str(resolve_dtype("auto", torch.device(given.device))).removeprefix("torch.")
-    own = f", Luthier with {json.dumps(given.training)}" if given.training else ""
-    print(f"{given.job}, {given.dtype} on {given.device}, {given.rows} rows{own}", flush=True)
+    print(f"{given.job}, {given.dtype} on {given.device}, {given.rows} rows", flush=True)
     if JOBS[given.job].note:
         print(textwrap.fill(f"({JOBS[given.job].note}.)", 80), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(given, Path(folder))
         results = bench.profile() if given.profile else bench.compare()
-    if not given.profile:
-        print(f"\n{table(results)}")
+    for own in [] if given.profile else given.training:
+        print(f"\nLuthier with {json.dumps(own) if own else 'its defaults'}")
+        print(table([one for one in results if one["training"] == own]))
     if given.json:
         given.json.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -70,26 +70,28 @@ def test_sides_are_measured_in_turn_and_the_best_way_counts(monkeypatch: pytest.
     import train
     from training.sides import AS_INSTALLED, Way
 
-    asked: list[tuple[str, str]] = []
+    asked: list[tuple[str, str, str]] = []
 
-    def measure(self: train.Bench, side: str, way: Way) -> dict[str, float] | None:
-        asked.append((side, str(way)))
+    def measure(self: train.Bench, side: str, way: Way, own: str = "{}") -> dict[str, float] | None:
+        asked.append((side, str(way), own))
         rate = {"luthier": 900.0, "trainer": 100.0 if way == AS_INSTALLED else 300.0}[side] + len(asked)
-        return None if len(asked) == 6 else MINE | {"rate": rate}
+        return None if len(asked) == 8 else MINE | {"rate": rate}
 
-    bench = object.__new__(train.Bench)
+    bench, less = object.__new__(train.Bench), '{"gradient_checkpointing": true}'
     bench.given = argparse.Namespace(
-        job="lora", repeats=3, ways="batch 2 grouped", dtype="bfloat16", device="cpu", rows=8, training={}
+        job="lora", repeats=3, ways="batch 2 grouped", dtype="bfloat16", device="cpu", rows=8
     )
-    bench.job, bench.rows, bench.modes = SimpleNamespace(note=""), Path(), [False]
+    bench.job, bench.rows, bench.modes, bench.own = SimpleNamespace(note=""), Path(), [False], ["{}", less]
     monkeypatch.setattr(train.Bench, "measure", measure)
     monkeypatch.setattr(train.Bench, "peers", lambda self: ["trainer"])
     monkeypatch.setattr(train, "read_rows", lambda path: ([], []))
     results = bench.compare()
-    sides = [("luthier", "batch 8"), ("trainer", "batch 8"), ("trainer", "batch 2 grouped")]
-    assert asked == sides * 3
-    assert [(one["peer"], one["best"]) for one in results] == [
-        ("trainer as installed", False), ("trainer batch 2 grouped", True)
+    assert asked == 3 * [
+        ("luthier", "batch 8", "{}"), ("luthier", "batch 8", less),
+        ("trainer", "batch 8", "{}"), ("trainer", "batch 2 grouped", "{}"),
     ]  # fmt: skip
-    assert [one["peer_value"] for one in results] == [105.0, 306.0]  # of 102, 105, 108 and of 303, (failed), 309
-    assert results[0]["ours"] == 904.0
+    named = [("trainer as installed", False), ("trainer batch 2 grouped", True)]
+    assert [(one["peer"], one["best"]) for one in results] == named * 2
+    assert [one["training"] for one in results] == [{}, {}, json.loads(less), json.loads(less)]
+    assert [one["peer_value"] for one in results] == [107.0, 308.0] * 2  # of 103, 107, 111; of 304, (failed), 312
+    assert [one["ours"] for one in results] == [905.0, 905.0, 906.0, 906.0]
