@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,25 @@ def test_a_plan_reads_no_weights_and_its_advice_lowers_the_peak(content: dict, m
     assert (
         "training.micro_batch_tokens=64 --set training.gradient_checkpointing=true" in found["full"].choices[-1].change
     )
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [{"method": "full"}, {"method": "selective", "targets": "last-1-block"}, {"method": "full", "training": {"shard": True, "snapshots": 0}}],
+    ids=["full", "selective", "sharded"],
+)  # fmt: skip
+def test_each_advice_given_as_set_has_the_peak_that_was_promised(
+    content: dict, tuning: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("luthier.plan.WORTH", 1.0)
+    content = {**content, "tunings": {"t": tuning}}
+    given = deepcopy(content)
+    choices = plan(make_recipe(content), available=0)["t"].choices
+    assert choices
+    for choice in choices:
+        found = plan(make_recipe(content, choice.change.split(" --set ")), available=0)["t"]
+        assert found.peak_bytes == choice.peak_bytes, choice.change
+        assert content == given, "changes are the recipe's, not the caller's"
 
 
 def test_the_command_prints_a_plan_and_refuses_a_bad_recipe(content: dict, tmp_path: Path) -> None:

@@ -148,15 +148,16 @@ def _changes(recipe: Recipe, name: str) -> list[_Change]:
         for key, value in _cheaper(tuning.training, resolve_device(recipe.base.device)).items():
             said = f"training.{key}={str(value).lower()}"
             found.append(_Change(said, partial(trained, key, value), of_rows=key == "micro_batch_tokens"))
-    if not recipe.base.quantize:
+    if not recipe.base.quantize and not tuning.training.shard:
         packed = replace(recipe.base, quantize="nf4")
         found.append(_Change("base.quantize=nf4", lambda recipe: recipe.model_copy(update={"base": packed})))
     half = max(16, recipe.max_length // 2)
     found.append(_Change(f"max_length={half}", partial(_shortened, half), of_rows=True))
     if isinstance(tuning.method, (Full, Selective)):
-        found.append(
-            _Change(f"tunings.{name}.method=lora", lambda recipe: changed(recipe, method=LoRA()), keeps_method=False)
-        )
+        said, lora = f"tunings.{name}.method=lora", LoRA()
+        if isinstance(tuning.method, Selective):  # its own settings stay where `--set` changes the method alone
+            said, lora = f"{said} --set tunings.{name}.targets={lora.targets}", LoRA(untie=tuning.method.untie)
+        found.append(_Change(said, lambda recipe: changed(recipe, method=lora), keeps_method=False))
     return found
 
 
@@ -170,7 +171,7 @@ def _cheaper(settings: TrainingSettings, device: torch.device) -> dict[str, Any]
     found: dict[str, Any] = {"micro_batch_tokens": max(64, settings.token_budget(device.type) // 4)}
     if not settings.gradient_checkpointing:
         found["gradient_checkpointing"] = True
-    if settings.optimizer == "adamw":
+    if settings.optimizer == "adamw" and not settings.shard:
         found["optimizer"] = "adafactor"
     return found
 

@@ -1,6 +1,7 @@
 """Recipes as they are written: read from YAML, changed by --set, their mistakes told as the user wrote them."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
 def make_recipe(content: Mapping[str, Any], changes: Sequence[str] = (), where: str = "recipe") -> Recipe:
     """Build a recipe from a mapping as YAML gives it; `where` names it in errors."""
-    whole = expand(dict(content), where)
+    whole = expand(deepcopy(dict(content)), where)  # changes are made in it, not in the caller's
     for change in changes:
         _set(whole, change)
     whole = expand(whole, where)
