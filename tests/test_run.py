@@ -821,6 +821,7 @@ def test_the_surface_is_frozen() -> None:
         "generate": [
             "beams",
             "file",
+            "length_penalty",
             "max_new_tokens",
             "out",
             "raw",

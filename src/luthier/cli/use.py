@@ -28,6 +28,9 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="The text is the whole prompt; use no template.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: the task's.")] = None,
     beams: Annotated[int | None, typer.Option(help="Keep this many partial answers and take the best.")] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option(help="With beams: what the length is raised to that divides an answer's worth.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Draw tokens; 0 is greedy. Default: the recipe's.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw among so many tokens; 0: all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw among the tokens that reach this probability.")] = None,
@@ -41,7 +44,8 @@ def generate(
         raise UserError("Give either a text or --file FILE.")
     texts: list[str | dict[str, Any]] = [text] if text is not None else _lines(file or Path())
     session = Session(run)
-    asked: dict[str, Any] = {"beams": beams, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    asked: dict[str, Any] = {"beams": beams, "length_penalty": length_penalty, "temperature": temperature}
+    asked |= {"top_k": top_k, "top_p": top_p, "seed": seed}
     try:
         decoding = replace(session.recipe.decoding, **{key: value for key, value in asked.items() if value is not None})
     except ValueError as error:
