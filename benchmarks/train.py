@@ -90,7 +90,7 @@ class Bench:
         runs = {one: [self.measure(*one)] for every in mine.values() for one in every}
         compared: list[tuple[str, str, Way, bool]] = []
         for side in self.peers():
-            layouts = [way for way in ways(side, read_rows(self.rows)[0]) if way == AS_INSTALLED or self.asked(way)]
+            layouts = [way for way in ways(side, read_rows(self.rows)[0]) if self.asked(way)]
             every = [replace(way, tcmalloc=mode) for way in layouts for mode in self.modes]
             tried = {way: found for way in every if (found := self.measure(side, way))}
             if not tried:
@@ -122,6 +122,8 @@ class Bench:
 
     def asked(self, way: Way) -> bool:
         """Whether a way is to be tried."""
+        if way == AS_INSTALLED:
+            return not self.given.best_only
         return self.given.ways is None or str(way) in [one.strip() for one in self.given.ways.split(",")]
 
     def peers(self) -> list[str]:
@@ -203,6 +205,7 @@ def main() -> None:
     parser.add_argument(
         "--ways", help="beside as installed try only these, comma-separated: batch 1, batch 2 grouped, packed 1024 ..."
     )
+    parser.add_argument("--best-only", action="store_true", help="leave a peer as installed out")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(

@@ -79,7 +79,7 @@ def test_sides_are_measured_in_turn_and_the_best_way_counts(monkeypatch: pytest.
 
     bench, less = object.__new__(train.Bench), '{"gradient_checkpointing": true}'
     bench.given = argparse.Namespace(
-        job="lora", repeats=3, ways="batch 2 grouped", dtype="bfloat16", device="cpu", rows=8
+        job="lora", repeats=3, ways="batch 2 grouped", dtype="bfloat16", device="cpu", rows=8, best_only=False
     )
     bench.job, bench.rows, bench.modes, bench.own = SimpleNamespace(note=""), Path(), [False], ["{}", less]
     monkeypatch.setattr(train.Bench, "measure", measure)
@@ -95,3 +95,5 @@ def test_sides_are_measured_in_turn_and_the_best_way_counts(monkeypatch: pytest.
     assert [one["training"] for one in results] == [{}, {}, json.loads(less), json.loads(less)]
     assert [one["peer_value"] for one in results] == [107.0, 308.0] * 2  # of 103, 107, 111; of 304, (failed), 312
     assert [one["ours"] for one in results] == [905.0, 905.0, 906.0, 906.0]
+    bench.given.best_only, bench.given.repeats = True, 1
+    assert [one["peer"] for one in bench.compare()] == ["trainer batch 2 grouped"] * 2
