@@ -35,9 +35,8 @@ def run_block(block: Any, sublayers: Sequence[Sublayer], x: Tensor) -> Tensor:
     """x: (1, T, D); its sublayers one after another, computed again on the way back where the block is checkpointed."""
     # transformers' forward looks at this; it is not the one that runs here.
     again = block.gradient_checkpointing and block.training
-    if again:
-        for place, each in enumerate(sublayers):  # what they keep is one block's at a time
-            each.shares = f"kept by {place}"
+    for each in sublayers:  # computed again, what they keep is one block's at a time
+        each.shares = again
     return _Block.apply(x, sublayers, again, *(one for each in sublayers for one in each.inputs))  # type: ignore[no-any-return]
 
 
@@ -63,10 +62,13 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sublayers: Sequence[Sublayer], again: bool, *inputs: Tensor) -> Tensor:
         saved, ctx.counts, y = [], [], x[0]
-        for sublayer in sublayers:
-            y, kept = sublayer.forward(y)
-            saved += kept
-            ctx.counts.append(len(kept))
+        try:
+            for sublayer in sublayers:
+                y, kept = sublayer.forward(y)
+                saved += kept
+                ctx.counts.append(len(kept))
+        finally:
+            sublayers[0].scratch.let_go()
         ctx.save_for_backward(*([x] if again else saved))
         ctx.sublayers, ctx.again = sublayers, again
         return y[None]
@@ -74,23 +76,32 @@ class _Block(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> Any:
-        kept = (
-            _again(ctx.sublayers, ctx.saved_tensors[0][0])
-            if ctx.again
-            else divided(list(ctx.saved_tensors), ctx.counts)
-        )
-        wanted = [ctx.needs_input_grad[0]]  # of each sublayer's x: where anything before has a gradient
-        for sublayer in ctx.sublayers:
-            wanted.append(wanted[-1] or bool(sublayer.inputs))
-        found: list[Tensor | None] = []
-        upstream: Tensor | None = outputs[0][0]
-        for sublayer, mine, asked in reversed(list(zip(ctx.sublayers, kept, wanted, strict=False))):
-            if upstream is None:  # nothing before is trained
-                found = [*(None for _ in sublayer.inputs), *found]
-                continue
-            upstream, by_inputs = sublayer.backward(upstream, mine, asked)
-            found = [*by_inputs, *found]
-        return None if upstream is None else upstream[None], None, None, *found
+        try:
+            kept = (
+                _again(ctx.sublayers, ctx.saved_tensors[0][0])
+                if ctx.again
+                else divided(list(ctx.saved_tensors), ctx.counts)
+            )
+            return _back(ctx, kept, outputs[0][0])
+        finally:
+            ctx.sublayers[0].scratch.let_go()
+
+
+def _back(ctx: Any, kept: list[Kept], upstream: Tensor | None) -> Any:
+    """The gradients that autograd asks for, from the last sublayer to the first."""
+    wanted = [ctx.needs_input_grad[0]]  # of each sublayer's x: where anything before has a gradient
+    for sublayer in ctx.sublayers:
+        wanted.append(wanted[-1] or bool(sublayer.inputs))
+    found: list[Tensor | None] = []
+    for sublayer, mine, asked in reversed(list(zip(ctx.sublayers, kept, wanted, strict=False))):
+        if upstream is None:  # nothing before is trained
+            found = [*(None for _ in sublayer.inputs), *found]
+            continue
+        upstream, by_inputs = sublayer.backward(upstream, mine, asked)
+        found = [*by_inputs, *found]
+        if ctx.again:
+            sublayer.scratch.let_go(last=True)  # what it kept
+    return None if upstream is None else upstream[None], None, None, *found
 
 
 def _again(sublayers: Sequence[Sublayer], x: Tensor) -> list[Kept]:

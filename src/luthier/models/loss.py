@@ -20,7 +20,7 @@ from luthier.models.frozen import target_states_behind
 from luthier.models.kernels.calls import Kernels, kernels_for
 from luthier.models.products import Product
 from luthier.models.run import target_states
-from luthier.models.scratch import MOMENTS, Scratch
+from luthier.models.scratch import Scratch
 
 # Rows of the head's product computed at once, at most: (CHUNK, vocabulary) numbers are the largest tensors alive.
 CHUNK = 128
@@ -155,7 +155,7 @@ def _by_product(
     """The same of a head that is one product, its logits where blocks have what they need for a moment."""
     states = states.contiguous()
     assert head.scratch is not None
-    logits = head.scratch.take(MOMENTS, (len(states), head.width), states)
+    logits = head.scratch.moment(len(states) * head.width, states).view(len(states), -1)
     kept = head.forward(states, logits)
     loss, into_logits = _cross_entropy(logits, labels, smoothing, wanted)
     if into_logits is None:

@@ -5,15 +5,18 @@ import math
 import torch
 from torch import Tensor
 
-# What whoever is at work needs until it is done: one after another they have the same place.
-MOMENTS = "moments"
+# Of what is held each begins at a multiple of so many numbers: a processor reads lines of 64 bytes.
+LINE = 64
+# One room of what whoever is at work holds for a while, and behind it of what it needs until it is done.
+ROOM = "room"
 
 
 class Scratch:
-    """Tensors by name, each valid until its name is asked for again: for what is needed only a moment."""
+    """Tensors by name, each valid until its name is asked for again; and a room that all share, one after another."""
 
     def __init__(self) -> None:
         self._flat: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self._held: list[tuple[torch.device, torch.dtype, int]] = []
         self._most = 0
 
     def make_room(self, tokens: int) -> None:
@@ -33,3 +36,19 @@ class Scratch:
             self._flat.pop(key, None)
             flat = self._flat[key] = torch.empty(size, dtype=key[2], device=like.device)
         return flat[:size].view(shape)
+
+    def moment(self, size: int, like: Tensor) -> Tensor:
+        """So many numbers, valid until anybody asks for a moment again or holds more."""
+        held = sum(size for *where, size in self._held if where == [like.device, like.dtype])
+        return self.take(ROOM, (held + size,), like)[held:]
+
+    def hold(self, size: int, like: Tensor, behind: int = 0) -> Tensor:
+        """So many numbers, valid until they are let go; there will be moments of up to `behind`."""
+        whole = -(-size // LINE) * LINE
+        found = self.moment(whole + behind, like)[:size]
+        self._held.append((like.device, like.dtype, whole))
+        return found
+
+    def let_go(self, last: bool = False) -> None:
+        """Of what is held: all of it, or what was taken last."""
+        del self._held[-1 if last else 0 :]

@@ -19,13 +19,16 @@ from torch import Tensor
 
 from luthier.models.activations import Activation
 from luthier.models.attended import Attended, WayBack, new_into_bias
+from luthier.models.kernels.calls import kernels_for
 from luthier.models.norms import norm_again, norm_backward, norm_forward, norm_weight_backward
 from luthier.models.products import Product
 from luthier.models.rotary import rotate
-from luthier.models.scratch import MOMENTS, Scratch
+from luthier.models.scratch import Scratch
 
 # What a sublayer keeps, in an order of its own.
 Kept = list[Tensor | None]
+# As many rows as a tensor has, and so many columns.
+Shapes = Sequence[tuple[Tensor, int]]
 
 
 class Sublayer(ABC):
@@ -44,7 +47,7 @@ class Sublayer(ABC):
         self.wants = [one is not None and one.requires_grad for one in others]
         given = [one for one, wanted in zip(others, self.wants, strict=True) if wanted and one is not None]
         own = [norm.weight] if self.trains_norm else []
-        self.shares: str | None = None  # the name under which what is kept stands in shared memory: see `run_block`
+        self.shares = False  # what is kept stands in shared memory, for one pass back: see `run_block`
         self.inputs = (*given, *own, *(one for product in products for one in product.trained))
 
     @abstractmethod
@@ -63,11 +66,9 @@ class Sublayer(ABC):
         """The norm's scale, its output into `out`."""
         return norm_forward(x, *self.norm, self.scratch, out)[1]
 
-    def _normed_again(self, x: Tensor, scale: Tensor, readers: Sequence[Product | None], out: Tensor) -> Tensor:
-        """The norm's output, where any of these reads it."""
-        if not any(one is not None and one.reads for one in readers):
-            return x
-        return norm_again(x, scale, self.norm[0], self.scratch, out)
+    def _normed_again(self, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        """The norm's output; x, which nobody reads, where there is no place for it."""
+        return norm_again(x, scale, self.norm[0], self.scratch, out) if out.numel() else x
 
     def _through_norm(
         self, into_n: Tensor | None, x: Tensor, scale: Tensor, upstream: Tensor, wanted: bool
@@ -79,16 +80,16 @@ class Sublayer(ABC):
         by_norm = [norm_weight_backward(*given)] if self.trains_norm else []
         return norm_backward(*given, skip=upstream) if wanted else None, by_norm
 
-    def _room(self, like: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-        """Flat tensors of these sizes for what is kept, in one allocation."""
+    def _room(self, like: Tensor, sizes: Sequence[int], back: Shapes) -> Sequence[Tensor]:
+        """Flat tensors of these sizes for what is kept, in one allocation; the way back will take moments of these shapes."""
         size = sum(sizes)
-        whole = like.new_empty(size) if self.shares is None else self.scratch.take(self.shares, (size,), like)
+        whole = self.scratch.hold(size, like, sum(_sizes(back))) if self.shares else like.new_empty(size)
         return whole.split(list(sizes))
 
-    def _moments(self, like: Tensor, shapes: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
-        """Of each shape, as many rows as a tensor has and so many columns: memory until the sublayer is done."""
-        sizes = [len(of) * width for of, width in shapes]
-        flat = self.scratch.take(MOMENTS, (sum(sizes),), like).split(sizes)
+    def _moments(self, like: Tensor, shapes: Shapes) -> list[Tensor]:
+        """A tensor of each shape: memory until the sublayer is done."""
+        sizes = _sizes(shapes)
+        flat = self.scratch.moment(sum(sizes), like).split(sizes)
         return [one.view(len(of), width) for one, (of, width) in zip(flat, shapes, strict=True)]
 
 
@@ -116,18 +117,19 @@ class Attention(Sublayer):
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
         """Kept: x, what keys and values were made of, q, k, v, the mixed values, the norm's scale, the products', the weights."""
         query, key, value, output = self.products
-        wide = x.shape[1]
-        n, change = self._moments(x, [(x, wide), (x, wide)])
-        scale = self._normed(x, n)
-        seen = n if self.encoded is None else self.encoded
+        seen = x if self.encoded is None else self.encoded
         shapes = [(x, query.width), (seen, key.width), (seen, key.width), (x, query.width), (x, x.shape[1])]
-        sizes = [self.attended.kept_size(query.width // self.width), *(len(of) * width for of, width in shapes)]
-        room, *flat = self._room(x, sizes)
+        sizes = [self.attended.kept_size(query.width // self.width), *_sizes(shapes)]
+        room, *flat = self._room(x, sizes, self._back(x, seen))
         q, k, v, mixed, y = (part.view(-1, width) for part, (_, width) in zip(flat, shapes, strict=True))
 
+        (n,) = self._moments(x, [(x, x.shape[1])])
+        scale = self._normed(x, n)
+        seen = n if self.encoded is None else self.encoded
         by_query, by_key, by_value = query.forward(n, q), key.forward(seen, k), value.forward(seen, v)
         self._turn(q, k)
         weights = self.attended.forward(self._three((q, k, v)), self._by_token(mixed), room, self.scratch)
+        change = n  # in its place
         by_output = output.forward(mixed, change)
         torch.add(x, change, out=y)
         self.counts = [len(one) for one in (by_query, by_key, by_value, by_output)]
@@ -140,8 +142,7 @@ class Attention(Sublayer):
         assert mixed is not None and scale is not None
         query, key, value, output = self.products
         of_query, of_key, of_value, of_output, weights = divided(rest, self.counts)
-        shapes = [(one, one.shape[1]) for one in (x, x, mixed, q, k, v)]
-        n, into_n, into_mixed, *into = self._moments(x, shapes)
+        n, into_n, into_mixed, *into = self._moments(x, self._back(x, k))
         by_output = output.backward(upstream, mixed, of_output, into_mixed)  # type: ignore[arg-type]
         for one in into[1:]:  # what several pieces see is a sum
             one.zero_()
@@ -151,7 +152,7 @@ class Attention(Sublayer):
         into_q, into_k, into_v = into
         self._turn(into_q, into_k, back=True)
 
-        n = self._normed_again(x, scale, [query] if encoded is not None else [query, key, value], n)
+        n = self._normed_again(x, scale, n)
         asked = into_n if wanted or self.trains_norm else None
         by_query = query.backward(into_q, n, of_query, asked)
         seen, into_seen = (n, asked) if encoded is None else (encoded, None)
@@ -164,6 +165,12 @@ class Attention(Sublayer):
         others = [None if into_bias is None or self.bias is None else into_bias.to(self.bias.dtype), into_seen]
         by_others = [one for one, asked in zip(others, self.wants, strict=True) if asked]
         return into_x, [*by_others, *by_norm, *by_query, *by_key, *by_value, *by_output]
+
+    def _back(self, x: Tensor, seen: Tensor) -> Shapes:
+        """Of n, where anybody reads it, and of the gradients of n, the mixed values, q, k and v."""
+        query, key, value, _ = self.products
+        n = _if_read(x, [query] if self.encoded is not None else [query, key, value])
+        return [n, (x, x.shape[1]), (x, query.width), (x, query.width), (seen, key.width), (seen, key.width)]
 
     def _turn(self, *some: Tensor, back: bool = False) -> None:
         """Where positions are rotary, in their place."""
@@ -208,16 +215,16 @@ class MLP(Sublayer):
         return [*kept, *self.down.again(self._through(kept, inner) if self.down.rereads else inner, change)]
 
     def _inside(self, x: Tensor) -> tuple[Kept, Tensor, Tensor]:
-        """What is kept but for the last product's, where that may write, and where what it takes may stand."""
+        """What is kept but for the last product's, where that may write (over the norm's output), and where what it takes may stand."""
         sizes = [len(x) * self.gate.width] * (1 if self.up is None else 2)
-        g, *rest = (part.view(len(x), -1) for part in self._room(x, sizes))
-        n, change, inner = self._moments(x, [(x, x.shape[1]), (x, x.shape[1]), (x, g.shape[1])])
+        g, *rest = (part.view(len(x), -1) for part in self._room(x, sizes, self._back(x)))
+        n, inner = self._moments(x, [(x, x.shape[1]), (x, g.shape[1])])
         scale = self._normed(x, n)
         by_gate = self.gate.forward(n, g)
         by_up = self.up.forward(n, rest[0]) if self.up else ()
         u = rest[0] if rest else None
         self.counts = [len(one) for one in (by_gate, by_up)]
-        return [x, g, u, scale, *by_gate, *by_up], change, inner
+        return [x, g, u, scale, *by_gate, *by_up], n, inner
 
     def _through(self, kept: Kept, out: Tensor) -> Tensor:
         """act(g) * u"""
@@ -228,21 +235,38 @@ class MLP(Sublayer):
         x, g, u, scale, *rest = kept
         assert x is not None and g is not None and scale is not None
         of_gate, of_up, of_down = divided(rest, self.counts)
-        wide, inside = (x, x.shape[1]), (x, g.shape[1])
-        more = [inside] * ((u is not None) + self.down.reads)
-        n, into_n, into_g, *others = self._moments(x, [wide, wide, inside, *more])
-        into_u = None if u is None else others[0]
-        inner = others[-1] if self.down.reads else None
+        n, into_n, into_g, into_u, inner = self._moments(x, self._back(x))
+        if u is None or self._over(x):
+            into_u = u
         passed = self.down.backward_input(upstream, of_down, into_g)
-        self.activation.gate_backward(into_g, g, u, into_u, inner)
-        by_down = self.down.backward_weights(upstream, g if inner is None else inner, of_down, passed)
+        self.activation.gate_backward(into_g, g, u, into_u, inner if self.down.reads else None)
+        by_down = self.down.backward_weights(upstream, inner if self.down.reads else g, of_down, passed)
 
-        n = self._normed_again(x, scale, [self.gate, self.up], n)
+        n = self._normed_again(x, scale, n)
         asked = into_n if wanted or self.trains_norm else None
         by_gate = self.gate.backward(into_g, n, of_gate, asked)
         by_up = self.up.backward(into_u, n, of_up, asked, add=True) if self.up and into_u is not None else []
         into_x, by_norm = self._through_norm(asked, x, scale, upstream, wanted)
         return into_x, [*by_norm, *by_gate, *by_up, *by_down]
+
+    def _back(self, x: Tensor) -> Shapes:
+        """Of n, where anybody reads it, of the gradients of n, g and, if it has a place of its own, u, and of what the last product reads."""
+        n = _if_read(x, [one for one in (self.gate, self.up) if one is not None])
+        apart, read = self.up is not None and not self._over(x), self.down.reads
+        return [n, (x, x.shape[1]), *((x, self.gate.width * there) for there in (True, apart, read))]
+
+    def _over(self, x: Tensor) -> bool:
+        """Whether u's gradient takes its place: kernels read each number before they write there, and nobody else will."""
+        return self.shares and kernels_for(x) is not None
+
+
+def _sizes(shapes: Shapes) -> list[int]:
+    return [len(of) * width for of, width in shapes]
+
+
+def _if_read(x: Tensor, readers: Sequence[Product]) -> tuple[Tensor, int]:
+    """The shape of a norm's output, of no columns where none of these reads it."""
+    return x, x.shape[1] if any(one.reads for one in readers) else 0
 
 
 def divided(some: Kept, counts: Sequence[int]) -> list[Any]:

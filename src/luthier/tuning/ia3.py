@@ -95,7 +95,7 @@ class _ScaledOutput(Product):
     ) -> tuple[Tensor, ...]:
         """upstream: (T, out), into: (T, in)."""
         if into is not None:
-            into_y = torch.mul(upstream, kept[1], out=self._take("into y", upstream, self.width))
+            into_y = torch.mul(upstream, kept[1], out=self._take("scaled", upstream, self.width))
             self.linear.backward_input(into_y, (), into, add)
         return ()
 
@@ -129,7 +129,7 @@ class _ScaledInput(Product):
         self, upstream: Tensor, kept: Sequence[Tensor], into: Tensor | None, add: bool = False
     ) -> tuple[Tensor, ...]:
         """upstream: (T, out), into: (T, in)."""
-        into_scaled = self._take("into scaled", upstream, len(self.trained[0]))
+        into_scaled = self._take("scaled", upstream, len(self.trained[0]))
         self.linear.backward_input(upstream, (), into_scaled)
         if into is not None and add:
             into.addcmul_(into_scaled, kept[0])
