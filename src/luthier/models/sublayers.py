@@ -235,9 +235,8 @@ class MLP(Sublayer):
         x, g, u, scale, *rest = kept
         assert x is not None and g is not None and scale is not None
         of_gate, of_up, of_down = divided(rest, self.counts)
-        n, into_n, into_g, into_u, inner = self._moments(x, self._back(x))
-        if u is None or self._over(x):
-            into_u = u
+        n, into_n, into_g, apart, inner = self._moments(x, self._back(x))
+        into_u = u if u is None or self._over(x) else apart
         passed = self.down.backward_input(upstream, of_down, into_g)
         self.activation.gate_backward(into_g, g, u, into_u, inner if self.down.reads else None)
         by_down = self.down.backward_weights(upstream, inner if self.down.reads else g, of_down, passed)
