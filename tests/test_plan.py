@@ -14,6 +14,7 @@ from luthier.data.shots import choose_shots, with_shots
 from luthier.encoding.batches import collate, collate_choices
 from luthier.evaluation import score
 from luthier.held_out import DRAWS_APART
+from luthier.models import loss
 from luthier.models.base import BaseModel
 from luthier.models.dry_run import dry_run
 from luthier.models.heap import Heap
@@ -244,6 +245,18 @@ def test_what_is_planned_of_shots_are_the_runs_own(content: dict, tmp_path: Path
     found = Work.of(recipe, "shown", base).prompts
     assert found and sorted(found) == sorted(expected)
     assert sum(map(len, found)) > 2 * sum(map(len, Work.of(recipe, "asked", base).prompts))
+
+
+def test_a_planned_head_is_the_product_that_training_makes_of_it(
+    content: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def called(*given: object) -> None:
+        raise AssertionError("the head was called as a module")
+
+    monkeypatch.setattr(loss, "_by_autograd", called)
+    content = {**content, "tunings": {"lora": {}, "full": {}}, "base": {**content["base"], "device": "cpu"}}
+    for one in plan(make_recipe(content)).values():
+        assert one.phases["training"]["logits"] > 0
 
 
 def test_loading_counts_what_is_mapped_and_copied_at_once() -> None:

@@ -22,10 +22,10 @@ from luthier.models.frozen import SLICED, only_blocks
 from luthier.models.generate import decode_step, prefill
 from luthier.models.heap import Heap
 from luthier.models.ledger import Ledger
-from luthier.models.loss import label_scores, loss_sum
+from luthier.models.loss import head_loss, label_scores
 from luthier.models.quantize import QuantizedLinear
 from luthier.models.recompute import recomputed
-from luthier.models.run import encode
+from luthier.models.run import encode, target_states
 from luthier.models.stored import Stored
 from luthier.models.where import stands_for
 from luthier.training.gradients import made_early
@@ -129,9 +129,16 @@ def _accumulate(
     ledger.part = "gradients"
     with made_early(owned.values() if base.on_cpu else ()):
         for group in groups:
-            with _parts(base, ledger), recomputed(base.model) if settings.gradient_checkpointing else nullcontext():
-                loss = loss_sum(base, _batch(base, group), settings.label_smoothing)
+            with recomputed(base.model) if settings.gradient_checkpointing else nullcontext():
                 ledger.part = "activations"
+                batch = _batch(base, group)
+                states = target_states(base, batch)
+                ledger.part = (
+                    "logits"  # no hook says so: a head with hooks is called, where training runs it as a product
+                )
+                loss = head_loss(base, states, batch.labels, settings.label_smoothing)
+                ledger.part = "activations"
+                del states
                 loss.backward()  # type: ignore[no-untyped-call]
                 del loss
 

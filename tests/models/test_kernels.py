@@ -203,6 +203,9 @@ def test_activations_are_the_formulas(name: str, gated: bool) -> None:
     assert error(into_g, exact[0].grad) <= 1
     if into_u is not None:
         assert error(into_u, exact[1].grad) <= 1
+        in_place, over, inner = upstream.clone(), u.clone(), torch.empty_like(g)
+        activation.gate_backward(in_place, g, over, over, inner)
+        assert torch.equal(over, into_u) and torch.equal(in_place, into_g) and torch.equal(inner, again)
 
 
 # What is attended: pieces, causal or not, window, whether scores have a bias.

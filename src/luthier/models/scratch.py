@@ -7,7 +7,7 @@ from torch import Tensor
 
 # Of what is held each begins at a multiple of so many numbers: a processor reads lines of 64 bytes.
 LINE = 64
-# One room of what whoever is at work holds for a while, and behind it of what it needs until it is done.
+# A room, for each precision, of what whoever is at work holds for a while, and behind it of what it needs until it is done.
 ROOM = "room"
 
 
@@ -33,13 +33,14 @@ class Scratch:
         key = name, like.device, dtype or like.dtype
         flat = self._flat.get(key)
         if flat is None or flat.numel() < size:
+            flat = None  # its place is free before the larger one is made
             self._flat.pop(key, None)
             flat = self._flat[key] = torch.empty(size, dtype=key[2], device=like.device)
         return flat[:size].view(shape)
 
     def moment(self, size: int, like: Tensor) -> Tensor:
         """So many numbers, valid until anybody asks for a moment again or holds more."""
-        held = sum(size for *where, size in self._held if where == [like.device, like.dtype])
+        held = sum(each for *where, each in self._held if where == [like.device, like.dtype])
         return self.take(ROOM, (held + size,), like)[held:]
 
     def hold(self, size: int, like: Tensor, behind: int = 0) -> Tensor:

@@ -6,7 +6,8 @@
 
 Kept for the way back: x, q, k, v, the attention's weights and output, Wg n and Wu n. The norms' outputs and the MLP's inner
 product are computed again, by a pass or two over memory each, and only for tunings that read them. What is needed until a sublayer is
-done stands in one room that all share, and what a sublayer keeps in one allocation. Forward they round where transformers'
+done stands in one room that all share; what a sublayer keeps stands in one allocation, or, where its block is computed again, in that
+room too, where the gradient of Wu n then takes its place. Forward they round where transformers'
 modules round, so that a tuning with a part that runs through these has the very bits of one that does not.
 """
 
@@ -52,7 +53,7 @@ class Sublayer(ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
-        """y and what `backward` needs."""
+        """y and what `backward` needs. The y of a block's last sublayer is its own, not a part of what it keeps."""
 
     def again(self, x: Tensor) -> Kept:
         """What `forward` found that `backward` needs, once more."""
@@ -81,7 +82,7 @@ class Sublayer(ABC):
         return norm_backward(*given, skip=upstream) if wanted else None, by_norm
 
     def _room(self, like: Tensor, sizes: Sequence[int], back: Shapes) -> Sequence[Tensor]:
-        """Flat tensors of these sizes for what is kept, in one allocation; the way back will take moments of these shapes."""
+        """Flat tensors of these sizes for what is kept, side by side; the way back will take moments of these shapes."""
         size = sum(sizes)
         whole = self.scratch.hold(size, like, sum(_sizes(back))) if self.shares else like.new_empty(size)
         return whole.split(list(sizes))
@@ -255,7 +256,7 @@ class MLP(Sublayer):
         return [n, (x, x.shape[1]), *((x, self.gate.width * there) for there in (True, apart, read))]
 
     def _over(self, x: Tensor) -> bool:
-        """Whether u's gradient takes its place: kernels read each number before they write there, and nobody else will."""
+        """Whether u's gradient takes its place: kernels read each number before they write there, and nobody reads it after them."""
         return self.shares and kernels_for(x) is not None
 
 

@@ -154,7 +154,7 @@ class Kernels:
     def activate_backward(
         self, kind: int, upstream: Tensor, g: Tensor, u: Tensor | None, into_u: Tensor | None, again: Tensor | None
     ) -> None:
-        """The gradient of u into `into_u`, that of g into the upstream gradient's place, act(g) * u into `again`."""
+        """The gradient of u into `into_u`, which may be u, that of g into the upstream gradient's place, act(g) * u into `again`."""
         tensors = (upstream, g, u, upstream, into_u, again)
         self._call("luthier_activate_backward", tensors, (g.numel(),), kind=(kind,))
 

@@ -147,7 +147,7 @@ INLINE void activate_backward(const int kind, const bf16 *upstream, const bf16 *
     }
 }
 
-/* The gradients of g, and of u if there is one; into_g may be upstream. `again`, if wanted, is what luthier_activate gave. */
+/* The gradients of g, and of u if there is one; into_g may be upstream, and into_u u. `again`, if wanted, is what luthier_activate gave. */
 void luthier_activate_backward(int kind, const bf16 *upstream, const bf16 *g, const bf16 *u, bf16 *into_g, bf16 *into_u, bf16 *again,
                                long size) {
     switch (kind) {
