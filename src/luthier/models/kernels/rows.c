@@ -52,17 +52,23 @@ void luthier_norm_backward(const bf16 *g, const bf16 *x, const float *scale, con
     }
 }
 
-/* into (n), fp32, = sum over rows of g round(r x); of g x where there is no scale. */
+/* into (n), fp32, = sum over rows of g round(r x); of g x where there is no scale. Some rows at a time, whose pages the processor remembers: down a whole
+ * column each number is on a page of its own. */
 void luthier_norm_weight(const bf16 *g, const bf16 *x, const float *scale, float *into, long tokens, long n) {
-#pragma omp parallel for schedule(static)
-    for (long c = 0; c < n; c += LANES) {
-        __mmask16 mask = first(n - c);
-        __m512 sum = _mm512_setzero_ps();
-        for (long t = 0; t < tokens; t++) {
-            __m512 given = read16(x + t * n + c, mask), normed = scale ? once(_mm512_mul_ps(given, _mm512_set1_ps(scale[t]))) : given;
-            sum = _mm512_fmadd_ps(read16(g + t * n + c, mask), normed, sum);
+    enum { ROWS_AT_ONCE = 64 };
+#pragma omp parallel
+    for (long start = 0; !start || start < tokens; start += ROWS_AT_ONCE) { /* once where there are no rows: zeros */
+        long stop = start + ROWS_AT_ONCE < tokens ? start + ROWS_AT_ONCE : tokens;
+#pragma omp for schedule(static) nowait
+        for (long c = 0; c < n; c += LANES) {
+            __mmask16 mask = first(n - c);
+            __m512 sum = start ? _mm512_maskz_loadu_ps(mask, into + c) : _mm512_setzero_ps();
+            for (long t = start; t < stop; t++) {
+                __m512 given = read16(x + t * n + c, mask), normed = scale ? once(_mm512_mul_ps(given, _mm512_set1_ps(scale[t]))) : given;
+                sum = _mm512_fmadd_ps(read16(g + t * n + c, mask), normed, sum);
+            }
+            _mm512_mask_storeu_ps(into + c, mask, sum);
         }
-        _mm512_mask_storeu_ps(into + c, mask, sum);
     }
 }
 
