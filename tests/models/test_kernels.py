@@ -407,6 +407,7 @@ def test_no_rows_are_no_numbers() -> None:
     assert matmul.narrow(numbers(0, 6), numbers(3, 6)).shape == (0, 3)
     assert torch.equal(matmul.outer(numbers(0, 3), numbers(0, 6)), torch.zeros(3, 6))
     assert norm_forward(numbers(0, 6), numbers(6), 1e-5, Scratch())[0].shape == (0, 6)
+    assert torch.equal(matmul.by_column(numbers(0, 5), numbers(0, 5)), torch.zeros(5))
 
 
 @built
