@@ -30,13 +30,14 @@ def test_a_longer_pass_finds_nothing_of_the_shorter_one_which_keeps_what_it_has(
 
 def test_moments_stand_behind_what_is_held_until_it_is_let_go() -> None:
     scratch = Scratch()
-    first = scratch.hold(70, HERE, behind=300).fill_(1)
-    second = scratch.hold(10, HERE, behind=100).fill_(2)
+    scratch.expect([(70, 300), (10, 100)], HERE)
+    first = scratch.hold(70, HERE).fill_(1)
+    second = scratch.hold(10, HERE).fill_(2)
     moment = scratch.moment(90, HERE).fill_(3)
     assert (first == 1).all() and (second == 2).all() and (moment == 3).all()
     assert (second.data_ptr() - first.data_ptr()) % (LINE * first.element_size()) == 0
     scratch.let_go(last=True)
-    assert scratch.moment(300, HERE).data_ptr() == second.data_ptr(), "its place is free, and what was announced fits"
+    assert scratch.moment(300, HERE).data_ptr() == second.data_ptr(), "its place is free, and what was expected fits"
     other = scratch.moment(5, HERE.to(torch.bfloat16))
     assert other.storage_offset() == 0, "each precision has a room of its own"
     scratch.let_go()

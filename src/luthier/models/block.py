@@ -62,6 +62,8 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sublayers: Sequence[Sublayer], again: bool, *inputs: Tensor) -> Tensor:
         saved, ctx.counts, y = [], [], x[0]
+        if again:
+            sublayers[0].scratch.expect((each.needs(y) for each in sublayers), y)
         try:
             for sublayer in sublayers:
                 y, kept = sublayer.forward(y)

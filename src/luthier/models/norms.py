@@ -118,7 +118,7 @@ def _kernels(x: Tensor, weight: Tensor) -> Kernels | None:
 
 def _flat(x: Tensor) -> Tensor:
     """(..., D) as contiguous (T, D)."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    return x if x.dim() == 2 and x.is_contiguous() else x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _scaled(wide: Tensor, scale: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:

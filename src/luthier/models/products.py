@@ -77,6 +77,8 @@ class Plain(Product):
         self.module = module
         self.packed = isinstance(module, QuantizedLinear)
         weight, self.bias = module._parameters["weight"], module._parameters.get("bias")
+        # As products read it, looked up once for a pass's two or three of them.
+        self.dense = None if self.packed or weight is None else product_weight(module, weight.dtype)
         self.wanted = [one is not None and one.requires_grad for one in (weight, self.bias)]
         self.reads = self.wanted[0]
         self.width = int(module.nf if isinstance(module, Conv1D) else module.out_features)  # type: ignore[arg-type]
@@ -111,7 +113,9 @@ class Plain(Product):
         alike = x.is_contiguous() and (bias is None or bias.dtype == x.dtype)
         weight = self.module.four_bits(forward, x.dtype) if self.packed and alike and by_kernels(x) else None  # type: ignore[operator]
         if weight is None:
-            dense = product_weight(self.module, x.dtype)
+            dense = self.dense
+            if dense is None or dense.dtype != x.dtype:
+                dense = product_weight(self.module, x.dtype)
             weight = dense.T if forward else dense
         product(x, weight, out, bias, thin, add)
 

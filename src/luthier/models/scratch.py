@@ -1,6 +1,7 @@
 """Memory that code uses again and again for what it needs only a moment: the allocator is asked once, not at every use."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -30,26 +31,42 @@ class Scratch:
     def take(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A contiguous tensor of this shape, on the device and, unless told, in the precision of `like`; its numbers are arbitrary."""
         size = math.prod(shape)
-        key = name, like.device, dtype or like.dtype
+        return self._place((name, like.device, dtype or like.dtype), size).narrow(0, 0, size).view(shape)
+
+    def _place(self, key: tuple[str, torch.device, torch.dtype], size: int) -> Tensor:
+        """At least so many numbers."""
         flat = self._flat.get(key)
         if flat is None or flat.numel() < size:
             flat = None  # its place is free before the larger one is made
             self._flat.pop(key, None)
-            flat = self._flat[key] = torch.empty(size, dtype=key[2], device=like.device)
-        return flat[:size].view(shape)
+            flat = self._flat[key] = torch.empty(size, dtype=key[2], device=key[1])
+        return flat
 
     def moment(self, size: int, like: Tensor) -> Tensor:
         """So many numbers, valid until anybody asks for a moment again or holds more."""
         held = sum(each for *where, each in self._held if where == [like.device, like.dtype])
-        return self.take(ROOM, (held + size,), like)[held:]
+        return self._place((ROOM, like.device, like.dtype), held + size).narrow(0, held, size)
 
-    def hold(self, size: int, like: Tensor, behind: int = 0) -> Tensor:
-        """So many numbers, valid until they are let go; there will be moments of up to `behind`."""
-        whole = -(-size // LINE) * LINE
-        found = self.moment(whole + behind, like)[:size]
-        self._held.append((like.device, like.dtype, whole))
+    def hold(self, size: int, like: Tensor) -> Tensor:
+        """So many numbers, valid until they are let go."""
+        found = self.moment(size, like)
+        self._held.append((like.device, like.dtype, _whole_lines(size)))
         return found
+
+    def expect(self, needs: Iterable[tuple[int, int]], like: Tensor) -> None:
+        """Make the room large enough for what will be held, one after another, and the moments behind each: grown step by step, it would
+        leave holes.
+        """
+        held = most = 0
+        for size, moments in needs:
+            held += _whole_lines(size)
+            most = max(most, held + moments)
+        self.moment(most, like)
 
     def let_go(self, last: bool = False) -> None:
         """Of what is held: all of it, or what was taken last."""
         del self._held[-1 if last else 0 :]
+
+
+def _whole_lines(size: int) -> int:
+    return -(-size // LINE) * LINE

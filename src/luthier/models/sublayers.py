@@ -81,11 +81,24 @@ class Sublayer(ABC):
         by_norm = [norm_weight_backward(*given)] if self.trains_norm else []
         return norm_backward(*given, skip=upstream) if wanted else None, by_norm
 
-    def _room(self, like: Tensor, sizes: Sequence[int], back: Shapes) -> Sequence[Tensor]:
-        """Flat tensors of these sizes for what is kept, side by side; the way back will take moments of these shapes."""
+    def needs(self, x: Tensor) -> tuple[int, int]:
+        """How many numbers it keeps, and how many it needs for a moment."""
+        return sum(self._kept(x)), sum(_sizes(self._back(x)))
+
+    @abstractmethod
+    def _kept(self, x: Tensor) -> list[int]:
+        """The sizes of what is kept."""
+
+    @abstractmethod
+    def _back(self, x: Tensor) -> Shapes:
+        """Of what the way back needs for a moment; the way there needs no more."""
+
+    def _room(self, x: Tensor) -> Sequence[Tensor]:
+        """Flat tensors for what is kept, side by side."""
+        sizes = self._kept(x)
         size = sum(sizes)
-        whole = self.scratch.hold(size, like, sum(_sizes(back))) if self.shares else like.new_empty(size)
-        return whole.split(list(sizes))
+        whole = self.scratch.hold(size, x) if self.shares else x.new_empty(size)
+        return whole.split(sizes)
 
     def _moments(self, like: Tensor, shapes: Shapes) -> list[Tensor]:
         """A tensor of each shape: memory until the sublayer is done."""
@@ -118,11 +131,9 @@ class Attention(Sublayer):
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
         """Kept: x, what keys and values were made of, q, k, v, the mixed values, the norm's scale, the products', the weights."""
         query, key, value, output = self.products
-        seen = x if self.encoded is None else self.encoded
-        shapes = [(x, query.width), (seen, key.width), (seen, key.width), (x, query.width), (x, x.shape[1])]
-        sizes = [self.attended.kept_size(query.width // self.width), *_sizes(shapes)]
-        room, *flat = self._room(x, sizes, self._back(x, seen))
-        q, k, v, mixed, y = (part.view(-1, width) for part, (_, width) in zip(flat, shapes, strict=True))
+        widths = query.width, key.width, key.width, query.width, x.shape[1]
+        room, *flat = self._room(x)
+        q, k, v, mixed, y = (part.view(-1, width) for part, width in zip(flat, widths, strict=True))
 
         (n,) = self._moments(x, [(x, x.shape[1])])
         scale = self._normed(x, n)
@@ -143,7 +154,7 @@ class Attention(Sublayer):
         assert mixed is not None and scale is not None
         query, key, value, output = self.products
         of_query, of_key, of_value, of_output, weights = divided(rest, self.counts)
-        n, into_n, into_mixed, *into = self._moments(x, self._back(x, k))
+        n, into_n, into_mixed, *into = self._moments(x, self._back(x))
         by_output = output.backward(upstream, mixed, of_output, into_mixed)  # type: ignore[arg-type]
         for one in into[1:]:  # what several pieces see is a sum
             one.zero_()
@@ -167,9 +178,17 @@ class Attention(Sublayer):
         by_others = [one for one, asked in zip(others, self.wants, strict=True) if asked]
         return into_x, [*by_others, *by_norm, *by_query, *by_key, *by_value, *by_output]
 
-    def _back(self, x: Tensor, seen: Tensor) -> Shapes:
+    def _kept(self, x: Tensor) -> list[int]:
+        """The attention's weights, q, k, v, the mixed values, y."""
+        query, key, _, _ = self.products
+        seen = x if self.encoded is None else self.encoded
+        shapes = [(x, query.width), (seen, key.width), (seen, key.width), (x, query.width), (x, x.shape[1])]
+        return [self.attended.kept_size(query.width // self.width), *_sizes(shapes)]
+
+    def _back(self, x: Tensor) -> Shapes:
         """Of n, where anybody reads it, and of the gradients of n, the mixed values, q, k and v."""
         query, key, value, _ = self.products
+        seen = x if self.encoded is None else self.encoded
         n = _if_read(x, [query] if self.encoded is not None else [query, key, value])
         return [n, (x, x.shape[1]), (x, query.width), (x, query.width), (seen, key.width), (seen, key.width)]
 
@@ -217,8 +236,7 @@ class MLP(Sublayer):
 
     def _inside(self, x: Tensor) -> tuple[Kept, Tensor, Tensor]:
         """What is kept but for the last product's, where that may write (over the norm's output), and where what it takes may stand."""
-        sizes = [len(x) * self.gate.width] * (1 if self.up is None else 2)
-        g, *rest = (part.view(len(x), -1) for part in self._room(x, sizes, self._back(x)))
+        g, *rest = (part.view(len(x), -1) for part in self._room(x))
         n, inner = self._moments(x, [(x, x.shape[1]), (x, g.shape[1])])
         scale = self._normed(x, n)
         by_gate = self.gate.forward(n, g)
@@ -248,6 +266,10 @@ class MLP(Sublayer):
         by_up = self.up.backward(into_u, n, of_up, asked, add=True) if self.up and into_u is not None else []
         into_x, by_norm = self._through_norm(asked, x, scale, upstream, wanted)
         return into_x, [*by_norm, *by_gate, *by_up, *by_down]
+
+    def _kept(self, x: Tensor) -> list[int]:
+        """g and u."""
+        return [len(x) * self.gate.width] * (1 if self.up is None else 2)
 
     def _back(self, x: Tensor) -> Shapes:
         """Of n, where anybody reads it, of the gradients of n, g and, if it has a place of its own, u, and of what the last product reads."""
