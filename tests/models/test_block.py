@@ -208,6 +208,21 @@ def test_checkpointed_by_kernels_it_gives_the_same_bits(family: str, name: str, 
     assert plain.keys() == again.keys() and all(torch.equal(again[key], one) for key, one in plain.items())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scoring_lets_go_of_the_room_that_training_left(family: str, passes) -> None:
+    base = prepared(family, METHODS_HERE["lora"])
+    run(base)
+    assert base.scratch._flat
+    before = loss_sum(base, batch := collate(rows_for(base), start(base), False))
+    with torch.no_grad():
+        loss_sum(base, batch)
+    assert not base.scratch._flat
+    owned = parameters(base, "t")
+    later = torch.autograd.grad(before, list(owned.values()))
+    for one, other in zip(later, torch.autograd.grad(loss_sum(base, batch), list(owned.values())), strict=True):
+        assert torch.equal(one, other), "a pass that waited for its way back is whole"
+
+
 @pytest.mark.parametrize(("name", "times"), [("norms", 1), ("ia3", 1), ("lora", 1), ("full", 1), ("behind the MLP", 2)])
 def test_the_last_product_is_computed_again_only_where_its_output_is_kept(
     name: str, times: int, passes, monkeypatch

@@ -24,8 +24,9 @@ def quicken_blocks(model: nn.Module, names: set[str], forward: Callable[..., Any
 
 
 def scratch_of(block: Any, tokens: int) -> Scratch:
-    """Memory for a pass over so many tokens: who does not train has no use for any that stays."""
+    """Memory for a pass over so many tokens: who does not train has no use for any that stays, and lets go of what training left."""
     if not torch.is_grad_enabled():
+        block._luthier_scratch.empty()
         return Scratch()
     block._luthier_scratch.make_room(tokens)
     return block._luthier_scratch  # type: ignore[no-any-return]

@@ -25,8 +25,13 @@ class Scratch:
         nothing as large fits.
         """
         if tokens > self._most:
+            self.empty()
             self._most = tokens
-            self._flat.clear()
+
+    def empty(self) -> None:
+        """Let go of all places; who has a tensor in one keeps it."""
+        self._most = 0
+        self._flat.clear()
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A contiguous tensor of this shape, on the device and, unless told, in the precision of `like`; its numbers are arbitrary."""
