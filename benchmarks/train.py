@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,15 @@ TCMALLOC = next(iter(sorted(Path("/usr/lib").rglob("libtcmalloc_minimal.so.4")))
 MODES = [False, True] if TCMALLOC else [False]
 
 
+@dataclass(frozen=True)
+class Run:
+    """What is measured: a side, how it lays out its steps, and of Luthier the settings of its own, as JSON."""
+
+    side: str
+    way: Way = AS_INSTALLED
+    own: str = "{}"
+
+
 class Bench:
     """One job with its rows and model: measures one side after another, each in a process of its own."""
 
@@ -57,16 +66,18 @@ class Bench:
             write_t5(folder / "t5", self.model)
             self.model = folder / "t5"
 
-    def measure(self, side: str, way: Way, own: str = "{}") -> Measured | None:
-        """One run; None where it failed. `own` are settings of Luthier's, as JSON."""
-        environment = os.environ | ({"LD_PRELOAD": str(TCMALLOC)} if way.tcmalloc else {})
-        told = {"side": side, "job": self.given.job, "rows": str(self.rows), "model": str(self.model)}
-        told |= {"dtype": self.given.dtype, "way": asdict(way), "device": self.given.device, "own": json.loads(own)}
-        python = str(self.given.adapters_python) if side == "adapters" else sys.executable
+    def measure(self, run: Run) -> Measured | None:
+        """One run; None where it failed."""
+        environment = os.environ | ({"LD_PRELOAD": str(TCMALLOC)} if run.way.tcmalloc else {})
+        told = {"job": self.given.job, "rows": str(self.rows), "model": str(self.model), "dtype": self.given.dtype}
+        told |= {"device": self.given.device, "side": run.side, "way": asdict(run.way), "own": json.loads(run.own)}
+        python = str(self.given.adapters_python) if run.side == "adapters" else sys.executable
         command = [python, __file__, "--run", json.dumps(told)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        named = f"luthier {own if own != '{}' else ''}".strip() + (", tcmalloc" if way.tcmalloc else "")
-        how = named if side in ("luthier", "profile") else f"{side} {way}"
+        how = f"{run.side} {run.way}"
+        if run.side in ("luthier", "profile"):
+            number = f" ({self.own.index(run.own) + 1})" if len(self.own) > 1 else ""
+            how = f"luthier{number}{', tcmalloc' if run.way.tcmalloc else ''}"
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             print(f"{how} failed: {said[-1]}", flush=True)
@@ -84,41 +95,37 @@ class Bench:
         """Luthier against each peer as installed and at its best. Everything is measured once, then what is compared in turn,
         again and again: a machine that slows down does so for all.
         """
-        mine = {
-            own: [("luthier", replace(AS_INSTALLED, tcmalloc=mode), own) for mode in self.modes] for own in self.own
-        }
-        runs = {one: [self.measure(*one)] for every in mine.values() for one in every}
-        compared: list[tuple[str, str, Way, bool]] = []
+        ours = [Run("luthier", replace(AS_INSTALLED, tcmalloc=mode), own) for own in self.own for mode in self.modes]
+        runs = {one: [self.measure(one)] for one in ours}
+        if None in (one for (one,) in runs.values()):
+            raise SystemExit("Luthier could not be measured.")
+        named: dict[str, Run] = {}
+        fastest = set()
         for side in self.peers():
-            layouts = [way for way in ways(side, read_rows(self.rows)[0]) if self.asked(way)]
-            every = [replace(way, tcmalloc=mode) for way in layouts for mode in self.modes]
-            tried = {way: found for way in every if (found := self.measure(side, way))}
-            if not tried:
-                continue
-            best = max(tried, key=lambda way: tried[way]["rate"])
-            for name, way in {f"{side} as installed": AS_INSTALLED, f"{side} {best}": best}.items():
-                if way in tried:
-                    compared.append((name, side, way, way == best))
-                    runs[side, way, "{}"] = [tried[way]]
+            tried = {one: found for one in self.tries(side) if (found := self.measure(one))}
+            if tried:
+                best = max(tried, key=lambda one: tried[one]["rate"])
+                fastest.add(best)
+                named |= {f"{side} as installed": Run(side), f"{side} {best.way}": best}
+                runs |= {one: [tried[one]] for one in (Run(side), best) if one in tried}
         for _ in range(self.given.repeats - 1):
-            for one, found in runs.items():
-                found.append(self.measure(*one))
-        found = {one: self.median(one[0], every) for one, every in runs.items()}
+            for one, each in runs.items():
+                each.append(self.measure(one))
+        found = {one: _median(one.side, each) for one, each in runs.items()}
         results = []
-        for own, (plain, *preloaded) in mine.items():
-            ours = [found[plain], found[preloaded[0]] if preloaded else None]
+        for own in self.own:
+            mine = [found[one] for one in ours if one.own == own]
             results += [
-                self.said(entry(self.given.job, name, found[side, way, "{}"], *ours), own, best=best)
-                for name, side, way, best in compared
-            ] or [self.said(entry(self.given.job, None, None, *ours), own)]
+                self.said(entry(self.given.job, name, found[one], *mine), own, best=one in fastest)
+                for name, one in named.items()
+                if one in found
+            ] or [self.said(entry(self.given.job, None, None, *mine), own)]
         return results
 
-    def median(self, side: str, runs: list[Measured | None]) -> Measured:
-        """The median of a side's runs that did not fail."""
-        done = [one for one in runs if one]
-        if not done:
-            raise SystemExit(f"{side} could not be measured.")
-        return median(done)
+    def tries(self, side: str) -> list[Run]:
+        """The ways in which a peer is tried."""
+        layouts = [way for way in ways(side, read_rows(self.rows)[0]) if self.asked(way)]
+        return [Run(side, replace(way, tcmalloc=mode)) for way in layouts for mode in self.modes]
 
     def asked(self, way: Way) -> bool:
         """Whether a way is to be tried."""
@@ -144,7 +151,7 @@ class Bench:
         """Luthier alone, with the matrix products of its steps."""
         from training.profile import text
 
-        found = self.measure("profile", AS_INSTALLED, self.own[0])
+        found = self.measure(Run("profile", own=self.own[0]))
         if found is None:
             raise SystemExit("The profile could not be taken.")
         print(f"\n{text(found['profile'])}")  # type: ignore[arg-type]
@@ -162,6 +169,14 @@ class Bench:
             "training": json.loads(own),
         }
         return one | more | shared | {"note": self.job.note, "versions": versions}
+
+
+def _median(side: str, runs: list[Measured | None]) -> Measured:
+    """Of the runs that did not fail."""
+    done = [one for one in runs if one]
+    if not done:
+        raise SystemExit(f"{side} could not be measured.")
+    return median(done)
 
 
 def _version(name: str) -> str | None:
@@ -243,6 +258,8 @@ def main() -> None:
 
         given.dtype = str(resolve_dtype("auto", torch.device(given.device))).removeprefix("torch.")
     print(f"{given.job}, {given.dtype} on {given.device}, {given.rows} rows", flush=True)
+    for number, one in enumerate(given.training if len(given.training) > 1 else [], 1):
+        print(f"luthier ({number}): {json.dumps(one) if one else 'its defaults'}", flush=True)
     if JOBS[given.job].note:
         print(textwrap.fill(f"({JOBS[given.job].note}.)", 80), flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -68,13 +68,13 @@ def test_sides_are_measured_in_turn_and_the_best_way_counts(monkeypatch: pytest.
     from types import SimpleNamespace
 
     import train
-    from training.sides import AS_INSTALLED, Way
+    from training.sides import AS_INSTALLED
 
     asked: list[tuple[str, str, str]] = []
 
-    def measure(self: train.Bench, side: str, way: Way, own: str = "{}") -> dict[str, float] | None:
-        asked.append((side, str(way), own))
-        rate = {"luthier": 900.0, "trainer": 100.0 if way == AS_INSTALLED else 300.0}[side] + len(asked)
+    def measure(self: train.Bench, run: train.Run) -> dict[str, float] | None:
+        asked.append((run.side, str(run.way), run.own))
+        rate = {"luthier": 900.0, "trainer": 100.0 if run.way == AS_INSTALLED else 300.0}[run.side] + len(asked)
         return None if len(asked) == 8 else MINE | {"rate": rate}
 
     bench, less = object.__new__(train.Bench), '{"gradient_checkpointing": true}'

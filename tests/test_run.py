@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 import luthier.evaluation.score
 import luthier.files
@@ -25,6 +28,7 @@ from luthier.cli import app
 from luthier.errors import UserError
 from luthier.job import run
 from luthier.metrics import METRICS, metric, reading
+from luthier.models.decoding import Decoding
 from luthier.models.generate import batches_by_length
 from luthier.recipe_file import load_recipe, make_recipe
 from luthier.recipe_schema import recipe_schema
@@ -802,6 +806,46 @@ def test_the_command_line_ends_user_errors_with_code_2(tmp_path: Path) -> None:
     out, said = done.communicate()
     assert (done.returncode, out) == (2, "")
     assert said == f"error: The recipe {tmp_path / 'none.yaml'} does not exist.\n"
+
+
+def test_how_answers_are_written_can_be_told_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Asked:
+        recipe = SimpleNamespace(decoding=Decoding(beams=4, length_penalty=2.0))
+
+        def __init__(self, run: Path) -> None: ...
+
+        def generate(self, texts: list[str], tuning: str | None, **given: Any) -> list[str]:
+            asked.append(given["decoding"])
+            return texts
+
+    monkeypatch.setattr("luthier.session.Session", Asked)
+
+    def told(*options: str) -> Decoding:
+        done = CliRunner().invoke(app, ["generate", "run", "text", *options], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return asked.pop()
+
+    assert told() == Decoding(beams=4, length_penalty=2.0)
+    assert told("--beams", "3", "--length-penalty", "0.5") == Decoding(beams=3, length_penalty=0.5)
+    drawn = (
+        "--beams",
+        "1",
+        "--length-penalty",
+        "1",
+        "--temperature",
+        "0.7",
+        "--top-k",
+        "5",
+        "--top-p",
+        "0.9",
+        "--seed",
+        "7",
+    )
+    assert told(*drawn) == Decoding(1, 1.0, 0.7, 5, 0.9, 7)
+    with pytest.raises(UserError, match="set beams above 1"):
+        told("--beams", "1")
 
 
 def test_the_surface_is_frozen() -> None:

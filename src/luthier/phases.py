@@ -133,9 +133,8 @@ def _accumulate(
                 ledger.part = "activations"
                 batch = _batch(base, group)
                 states = target_states(base, batch)
-                ledger.part = (
-                    "logits"  # no hook says so: a head with hooks is called, where training runs it as a product
-                )
+                # No hook says so: a head with hooks is called, where training runs it as a product.
+                ledger.part = "logits"
                 loss = head_loss(base, states, batch.labels, settings.label_smoothing)
                 ledger.part = "activations"
                 del states

@@ -160,6 +160,22 @@ def test_beams_are_those_of_transformers(family: str, beams: int, penalty: float
     assert expected != generate(base, prompts, 10, [stop]), "a search that finds what greed finds shows nothing"
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"beams": 0}, "at least 1"),
+        ({"length_penalty": 0.5}, "set beams above 1"),
+        ({"temperature": -1.0}, "not be negative"),
+        ({"top_k": 3}, "set temperature above 0"),
+        ({"top_p": 0.0}, "above 0 and at most 1"),
+        ({"beams": 2, "temperature": 1.0}, "exclude each other"),
+    ],
+)
+def test_what_cannot_be_decoded_with_is_said(given: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Decoding(**given)
+
+
 @pytest.mark.parametrize("family", ["llama", "opt", "t5"])
 def test_draws_follow_from_the_seed_and_the_rows_place(family: str) -> None:
     base = tiny.make(family)

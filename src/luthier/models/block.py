@@ -24,12 +24,10 @@ def quicken_blocks(model: nn.Module, names: set[str], forward: Callable[..., Any
 
 
 def scratch_of(block: Any, tokens: int) -> Scratch:
-    """Memory for a pass over so many tokens: who does not train has no use for any that stays, and lets go of what training left."""
-    if not torch.is_grad_enabled():
-        block._luthier_scratch.empty()
-        return Scratch()
-    block._luthier_scratch.make_room(tokens)
-    return block._luthier_scratch  # type: ignore[no-any-return]
+    """Memory for a pass over so many tokens."""
+    scratch: Scratch = block._luthier_scratch.lent()
+    scratch.make_room(tokens)
+    return scratch
 
 
 def run_block(block: Any, sublayers: Sequence[Sublayer], x: Tensor) -> Tensor:
@@ -85,12 +83,12 @@ class _Block(torch.autograd.Function):
                 if ctx.again
                 else divided(list(ctx.saved_tensors), ctx.counts)
             )
-            return _back(ctx, kept, outputs[0][0])
+            return _gradients(ctx, kept, outputs[0][0])
         finally:
             ctx.sublayers[0].scratch.let_go()
 
 
-def _back(ctx: Any, kept: list[Kept], upstream: Tensor | None) -> Any:
+def _gradients(ctx: Any, kept: list[Kept], upstream: Tensor | None) -> Any:
     """The gradients that autograd asks for, from the last sublayer to the first."""
     wanted = [ctx.needs_input_grad[0]]  # of each sublayer's x: where anything before has a gradient
     for sublayer in ctx.sublayers:

@@ -38,6 +38,10 @@ class Decoding:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.beams > 1 and self.temperature:
             raise ValueError("beams and temperature exclude each other: beams search, temperature draws")
+        if self.length_penalty != 1 and self.beams == 1:
+            raise ValueError(
+                f"length_penalty is {self.length_penalty} and weighs the answers of beams: set beams above 1"
+            )
         if (self.top_k or self.top_p < 1) and not self.temperature:
             raise ValueError("top_k and top_p narrow what is drawn from: set temperature above 0")
 

@@ -20,7 +20,6 @@ from luthier.models.frozen import target_states_behind
 from luthier.models.kernels.calls import Kernels, kernels_for
 from luthier.models.products import Product
 from luthier.models.run import target_states
-from luthier.models.scratch import Scratch
 
 # Rows of the head's product computed at once, at most: (CHUNK, vocabulary) numbers are the largest tensors alive.
 CHUNK = 128
@@ -39,8 +38,8 @@ def head_loss(base: BaseModel, states: Tensor, labels: Tensor, label_smoothing: 
     """The same of states (N, D) and their labels (N,)."""
     head = base.bare_head() if base.on_cpu else None
     weights = base.head_parameters() if head is None else head.trained
-    if head is not None:  # as in blocks, who does not train has no use for memory that stays
-        head.scratch = base.scratch if torch.is_grad_enabled() else Scratch()
+    if head is not None:
+        head.scratch = base.scratch.lent()
     return _HeadLoss.apply(states, labels, base, head, label_smoothing, *weights)  # type: ignore[no-any-return]
 
 

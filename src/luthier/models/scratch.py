@@ -20,6 +20,13 @@ class Scratch:
         self._held: list[tuple[torch.device, torch.dtype, int]] = []
         self._most = 0
 
+    def lent(self) -> "Scratch":
+        """Itself to who trains. Who does not has no use for memory that stays: another one, and what training left is let go."""
+        if torch.is_grad_enabled():
+            return self
+        self.empty()
+        return Scratch()
+
     def make_room(self, tokens: int) -> None:
         """Let go of everything before the first pass over more tokens than any yet: one after another, each would leave a hole where
         nothing as large fits.

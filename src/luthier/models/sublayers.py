@@ -28,8 +28,8 @@ from luthier.models.scratch import Scratch
 
 # What a sublayer keeps, in an order of its own.
 Kept = list[Tensor | None]
-# As many rows as a tensor has, and so many columns.
-Shapes = Sequence[tuple[Tensor, int]]
+# Rows and columns.
+Shapes = Sequence[tuple[int, int]]
 
 
 class Sublayer(ABC):
@@ -83,28 +83,25 @@ class Sublayer(ABC):
 
     def needs(self, x: Tensor) -> tuple[int, int]:
         """How many numbers it keeps, and how many it needs for a moment."""
-        return sum(self._kept(x)), sum(_sizes(self._back(x)))
+        return _size(self._kept_shapes(x)), _size(self._back_shapes(x))
 
     @abstractmethod
-    def _kept(self, x: Tensor) -> list[int]:
-        """The sizes of what is kept."""
+    def _kept_shapes(self, x: Tensor) -> Shapes:
+        """Of what is kept."""
 
     @abstractmethod
-    def _back(self, x: Tensor) -> Shapes:
+    def _back_shapes(self, x: Tensor) -> Shapes:
         """Of what the way back needs for a moment; the way there needs no more."""
 
-    def _room(self, x: Tensor) -> Sequence[Tensor]:
-        """Flat tensors for what is kept, side by side."""
-        sizes = self._kept(x)
-        size = sum(sizes)
-        whole = self.scratch.hold(size, x) if self.shares else x.new_empty(size)
-        return whole.split(sizes)
+    def _room(self, x: Tensor) -> list[Tensor]:
+        """Tensors for what is kept, side by side."""
+        shapes = self._kept_shapes(x)
+        size = _size(shapes)
+        return _divide(self.scratch.hold(size, x) if self.shares else x.new_empty(size), shapes)
 
     def _moments(self, like: Tensor, shapes: Shapes) -> list[Tensor]:
         """A tensor of each shape: memory until the sublayer is done."""
-        sizes = _sizes(shapes)
-        flat = self.scratch.moment(sum(sizes), like).split(sizes)
-        return [one.view(len(of), width) for one, (of, width) in zip(flat, shapes, strict=True)]
+        return _divide(self.scratch.moment(_size(shapes), like), shapes)
 
 
 class Attention(Sublayer):
@@ -131,16 +128,13 @@ class Attention(Sublayer):
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
         """Kept: x, what keys and values were made of, q, k, v, the mixed values, the norm's scale, the products', the weights."""
         query, key, value, output = self.products
-        widths = query.width, key.width, key.width, query.width, x.shape[1]
-        room, *flat = self._room(x)
-        q, k, v, mixed, y = (part.view(-1, width) for part, width in zip(flat, widths, strict=True))
-
-        (n,) = self._moments(x, [(x, x.shape[1])])
+        room, q, k, v, mixed, y = self._room(x)
+        n = self._moments(x, [(len(x), x.shape[1])])[0]
         scale = self._normed(x, n)
         seen = n if self.encoded is None else self.encoded
         by_query, by_key, by_value = query.forward(n, q), key.forward(seen, k), value.forward(seen, v)
         self._turn(q, k)
-        weights = self.attended.forward(self._three((q, k, v)), self._by_token(mixed), room, self.scratch)
+        weights = self.attended.forward(self._three((q, k, v)), self._by_token(mixed), room[0], self.scratch)
         change = n  # in its place
         by_output = output.forward(mixed, change)
         torch.add(x, change, out=y)
@@ -154,7 +148,7 @@ class Attention(Sublayer):
         assert mixed is not None and scale is not None
         query, key, value, output = self.products
         of_query, of_key, of_value, of_output, weights = divided(rest, self.counts)
-        n, into_n, into_mixed, *into = self._moments(x, self._back(x))
+        n, into_n, into_mixed, *into = self._moments(x, self._back_shapes(x))
         by_output = output.backward(upstream, mixed, of_output, into_mixed)  # type: ignore[arg-type]
         for one in into[1:]:  # what several pieces see is a sum
             one.zero_()
@@ -178,19 +172,19 @@ class Attention(Sublayer):
         by_others = [one for one, asked in zip(others, self.wants, strict=True) if asked]
         return into_x, [*by_others, *by_norm, *by_query, *by_key, *by_value, *by_output]
 
-    def _kept(self, x: Tensor) -> list[int]:
-        """The attention's weights, q, k, v, the mixed values, y."""
-        query, key, _, _ = self.products
-        seen = x if self.encoded is None else self.encoded
-        shapes = [(x, query.width), (seen, key.width), (seen, key.width), (x, query.width), (x, x.shape[1])]
-        return [self.attended.kept_size(query.width // self.width), *_sizes(shapes)]
+    def _kept_shapes(self, x: Tensor) -> Shapes:
+        """Of the attention's weights, q, k, v, the mixed values and y."""
+        own, seen = len(x), len(x if self.encoded is None else self.encoded)
+        wide, narrow = self.products[0].width, self.products[1].width
+        of_weights = 1, self.attended.kept_size(wide // self.width)
+        return [of_weights, (own, wide), (seen, narrow), (seen, narrow), (own, wide), (own, x.shape[1])]
 
-    def _back(self, x: Tensor) -> Shapes:
+    def _back_shapes(self, x: Tensor) -> Shapes:
         """Of n, where anybody reads it, and of the gradients of n, the mixed values, q, k and v."""
-        query, key, value, _ = self.products
-        seen = x if self.encoded is None else self.encoded
-        n = _if_read(x, [query] if self.encoded is not None else [query, key, value])
-        return [n, (x, x.shape[1]), (x, query.width), (x, query.width), (seen, key.width), (seen, key.width)]
+        own, seen = len(x), len(x if self.encoded is None else self.encoded)
+        wide, narrow = self.products[0].width, self.products[1].width
+        n = _if_read(x, self.products[:3] if self.encoded is None else self.products[:1])
+        return [n, (own, x.shape[1]), (own, wide), (own, wide), (seen, narrow), (seen, narrow)]
 
     def _turn(self, *some: Tensor, back: bool = False) -> None:
         """Where positions are rotary, in their place."""
@@ -236,8 +230,8 @@ class MLP(Sublayer):
 
     def _inside(self, x: Tensor) -> tuple[Kept, Tensor, Tensor]:
         """What is kept but for the last product's, where that may write (over the norm's output), and where what it takes may stand."""
-        g, *rest = (part.view(len(x), -1) for part in self._room(x))
-        n, inner = self._moments(x, [(x, x.shape[1]), (x, g.shape[1])])
+        g, *rest = self._room(x)
+        n, inner = self._moments(x, [(len(x), x.shape[1]), (len(x), g.shape[1])])
         scale = self._normed(x, n)
         by_gate = self.gate.forward(n, g)
         by_up = self.up.forward(n, rest[0]) if self.up else ()
@@ -254,7 +248,7 @@ class MLP(Sublayer):
         x, g, u, scale, *rest = kept
         assert x is not None and g is not None and scale is not None
         of_gate, of_up, of_down = divided(rest, self.counts)
-        n, into_n, into_g, apart, inner = self._moments(x, self._back(x))
+        n, into_n, into_g, apart, inner = self._moments(x, self._back_shapes(x))
         into_u = u if u is None or self._over(x) else apart
         passed = self.down.backward_input(upstream, of_down, into_g)
         self.activation.gate_backward(into_g, g, u, into_u, inner if self.down.reads else None)
@@ -267,28 +261,33 @@ class MLP(Sublayer):
         into_x, by_norm = self._through_norm(asked, x, scale, upstream, wanted)
         return into_x, [*by_norm, *by_gate, *by_up, *by_down]
 
-    def _kept(self, x: Tensor) -> list[int]:
-        """g and u."""
-        return [len(x) * self.gate.width] * (1 if self.up is None else 2)
+    def _kept_shapes(self, x: Tensor) -> Shapes:
+        """Of g and u."""
+        return [(len(x), self.gate.width)] * (1 if self.up is None else 2)
 
-    def _back(self, x: Tensor) -> Shapes:
+    def _back_shapes(self, x: Tensor) -> Shapes:
         """Of n, where anybody reads it, of the gradients of n, g and, if it has a place of its own, u, and of what the last product reads."""
-        n = _if_read(x, [one for one in (self.gate, self.up) if one is not None])
+        n = _if_read(x, self.products[:-1])
         apart, read = self.up is not None and not self._over(x), self.down.reads
-        return [n, (x, x.shape[1]), *((x, self.gate.width * there) for there in (True, apart, read))]
+        return [n, (len(x), x.shape[1]), *((len(x), self.gate.width * there) for there in (True, apart, read))]
 
     def _over(self, x: Tensor) -> bool:
         """Whether u's gradient takes its place: kernels read each number before they write there, and nobody reads it after them."""
         return self.shares and kernels_for(x) is not None
 
 
-def _sizes(shapes: Shapes) -> list[int]:
-    return [len(of) * width for of, width in shapes]
+def _size(shapes: Shapes) -> int:
+    return sum(rows * columns for rows, columns in shapes)
 
 
-def _if_read(x: Tensor, readers: Sequence[Product]) -> tuple[Tensor, int]:
+def _divide(flat: Tensor, shapes: Shapes) -> list[Tensor]:
+    parts = flat.split([rows * columns for rows, columns in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _if_read(x: Tensor, readers: Sequence[Product]) -> tuple[int, int]:
     """The shape of a norm's output, of no columns where none of these reads it."""
-    return x, x.shape[1] if any(one.reads for one in readers) else 0
+    return len(x), x.shape[1] if any(one.reads for one in readers) else 0
 
 
 def divided(some: Kept, counts: Sequence[int]) -> list[Any]:
