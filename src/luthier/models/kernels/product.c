@@ -8,12 +8,9 @@
 #include <omp.h>
 
 #ifdef __AMX_BF16__
-#define TOGETHER 64      /* columns whose sums stand in a core's first cache */
-#define CHUNK 9          /* tiles of the summed dimension: so much of a tile's rows stays there with as much of a panel */
-#define WIDE (1L << 18)  /* words of panels that stay in its second cache */
+#define WIDE (10L << 15) /* words of panels that stay in a core's second cache */
 #define ROWS_OF_TEAM 256 /* at least: with fewer, packing W would cost too much of their time */
 #else
-#define TOGETHER PANEL
 #define WIDE 0L
 #define ROWS_OF_TEAM (1L << 40)
 #endif
@@ -58,45 +55,57 @@ INLINE __m512 beginning(const right_side *w, const bf16 *y, long column, __mmask
 /* Words of a panel's part: its last ones stand with those of the thin matrix in tiles of their own. */
 static long words_in_panel(long pairs, long r) { return pairs / DEPTH * DEPTH + rounded(pairs % DEPTH + r / 2, DEPTH); }
 
-/* Words that a tile needs aside: for its sums, and for its rows' last words and those of `low`. */
-static long words_aside(long r) { return ROWS * (TOGETHER + rounded(DEPTH - 1 + r / 2, DEPTH)); }
+/* Words that a tile needs aside: for the sums of two blocks, and for its rows' last words and those of `low`. */
+static long words_aside(long r) { return ROWS * (2 * PANEL + rounded(DEPTH - 1 + r / 2, DEPTH)); }
 
-/* Sums (panels, rows, PANEL) of `columns` columns into y, from column `column` on. */
-static void write_sums(const right_side *w, const float *sums, long rows, long columns, bf16 *y, long column) {
-    for (long i = 0; i < rows; i++, y += w->columns)
-        for (long j = 0; j < columns; j += PANEL) {
-            const float *from = sums + j * ROWS + i * PANEL;
-            long here = columns - j, at = column + j;
-            __m512 one = _mm512_load_ps(from), two = _mm512_load_ps(from + LANES);
-            if (w->bias || w->add) {
-                one = _mm512_add_ps(one, beginning(w, y, at, first(here)));
-                two = _mm512_add_ps(two, beginning(w, y, at + LANES, first(here - LANES)));
-            }
-            _mm512_mask_storeu_epi16(y + at, here < PANEL ? (1u << here) - 1 : ~0u, (__m512i)_mm512_cvtne2ps_pbh(two, one));
+/* A block's rows that have yet to be written, from `next` on, `at_once` at a time: sums (rows, PANEL) into y's columns from `column` on. */
+typedef struct {
+    const right_side *w;
+    const float *sums;
+    bf16 *y;
+    long column, rows, next, at_once;
+} unwritten;
+
+INLINE void write_some(void *given) {
+    unwritten *u = given;
+    const right_side *w = u->w;
+    long stop = least(u->rows, u->next + u->at_once), here = w->columns - u->column;
+    __mmask32 mask = here < PANEL ? (1u << here) - 1 : ~0u;
+    for (; u->next < stop; u->next++) {
+        const float *from = u->sums + u->next * PANEL;
+        bf16 *y = u->y + u->next * w->columns;
+        __m512 one = _mm512_load_ps(from), two = _mm512_load_ps(from + LANES);
+        if (w->bias || w->add) {
+            one = _mm512_add_ps(one, beginning(w, y, u->column, first(here)));
+            two = _mm512_add_ps(two, beginning(w, y, u->column + LANES, first(here - LANES)));
         }
+        _mm512_mask_storeu_epi16(y + u->column, mask, (__m512i)_mm512_cvtne2ps_pbh(two, one));
+    }
 }
 
+/* A block's sums are rounded and written while the units work on the next one. */
 static void run_rows(long rows, const passage *p, const right_side *w) {
     long rest = p->pairs % DEPTH, steps = p->pairs / DEPTH, behind = p->low ? w->r / 2 : 0, more = (rest + behind + DEPTH - 1) / DEPTH;
-    long chunks = steps > CHUNK ? (steps + CHUNK - 1) / CHUNK : 1;
-    pair *tail = p->aside + ROWS * TOGETHER;
+    pair *tail = p->aside + ROWS * 2 * PANEL;
     if (more) memset(tail, 0, ROWS * more * DEPTH * 4);
     for (long i = 0; more && i < rows; i++) {
         memcpy(tail + i * more * DEPTH, p->x + i * p->x_row + steps * DEPTH, rest * 4);
         if (behind) memcpy(tail + i * more * DEPTH + rest, p->low + i * w->r, behind * 4);
     }
     shape_for(rows);
-    for (long start = 0; start < p->columns; start += TOGETHER) {
-        long columns = least(TOGETHER, p->columns - start);
-        float *sums = p->is_first && p->is_last ? (float *)p->aside : p->sums + start * ROWS;
-        for (long chunk = 0; chunk < chunks; chunk++) {
-            long from = steps * chunk / chunks, to = steps * (chunk + 1) / chunks;
-            for (long j = 0; j < columns; j += PANEL)
-                any_block(rows, rounded(least(columns - j, PANEL), LANES), p->x + from * DEPTH, p->x_row, to - from, tail, to == steps ? more : 0,
-                          p->panel + (start + j) * p->words + from * DEPTH * PANEL, PANEL, sums + j * ROWS, PANEL, chunk || !p->is_first);
-        }
-        if (p->is_last) write_sums(w, sums, rows, columns, p->y, p->column + start);
+    long times = steps + more; /* that a block comes to write some of the one before */
+    unwritten last = {w, NULL, p->y, 0, 0, 0, times ? (rows + times - 1) / times : rows};
+    for (long j = 0, odd = 0; j < p->columns; j += PANEL, odd = !odd) {
+        float *sums = p->is_first && p->is_last ? (float *)p->aside + odd * ROWS * PANEL : p->sums + j * ROWS;
+        any_block(rows, rounded(least(p->columns - j, PANEL), LANES), p->x, p->x_row, steps, tail, more, p->panel + j * p->words, PANEL, sums, PANEL,
+                  !p->is_first, write_some, &last);
+        last.sums = sums;
+        last.column = p->column + j;
+        last.next = 0;
+        last.rows = p->is_last ? rows : 0;
     }
+    last.at_once = rows;
+    write_some(&last);
 }
 
 #else
@@ -186,9 +195,10 @@ static void through_panels(const pair *x, long x_row, const right_side *w, bf16 
 
 /* Columns of y whose panels, of so many words each, a thread packs at once: its share of a team's, as far as they stay in its cache. */
 static long width_of(long columns, long words, long team) {
-    long share = rounded((columns + team - 1) / team, PANEL), most = WIDE / (words + 1) / TOGETHER * TOGETHER;
-    if (most < TOGETHER) most = TOGETHER;
-    return share < TOGETHER ? TOGETHER : share < most ? share : most;
+    long share = columns > team ? (columns + team - 1) / team : 1, most = WIDE / (words + 1) / PANEL * PANEL;
+    if (most < PANEL) most = PANEL;
+    long groups = (share + most - 1) / most;
+    return rounded((share + groups - 1) / groups, PANEL);
 }
 
 /* This thread's part of y (rows, columns), from x whose rows are x_row words apart. Teams of threads have rows of their own, and pack all of W; a team's

@@ -40,9 +40,10 @@ static void shape_for(long rows) {
 }
 
 /* C (tiles: tall x broad) = or += A B, `steps` tiles of A deep, and then `more` of `tail` (rows, more * DEPTH), which B goes on for. A's rows and B's are
- * a_row and b_pair words apart. */
+ * a_row and b_pair words apart. Between the steps `meanwhile(task)` is called, for work that the units do not do. A stays in the first cache, where B, which is
+ * read once a block, would take its place: B is loaded past it. */
 INLINE void block(const int tall, const int broad, const pair *a, long a_row, long steps, const pair *tail, long more, const pair *b,
-                  long b_pair, float *c, long c_row, int add) {
+                  long b_pair, float *c, long c_row, int add, void (*meanwhile)(void *), void *task) {
     written();
     if (add) {
         _tile_loadd(0, c, c_row * 4);
@@ -58,13 +59,14 @@ INLINE void block(const int tall, const int broad, const pair *a, long a_row, lo
     for (int part = 0; part < 2; part++) {
         for (long k = 0; k < steps; k++, a += DEPTH, b += DEPTH * b_pair) {
             _tile_loadd(4, a, a_row * 4);
-            _tile_loadd(6, b, b_pair * 4);
+            _tile_stream_loadd(6, b, b_pair * 4);
             if (tall > 1) _tile_loadd(5, a + 16 * a_row, a_row * 4);
-            if (broad > 1) _tile_loadd(7, b + 16, b_pair * 4);
+            if (broad > 1) _tile_stream_loadd(7, b + 16, b_pair * 4);
             _tile_dpbf16ps(0, 4, 6);
             if (tall > 1) _tile_dpbf16ps(2, 5, 6);
             if (broad > 1) _tile_dpbf16ps(1, 4, 7);
             if (tall > 1 && broad > 1) _tile_dpbf16ps(3, 5, 7);
+            meanwhile(task);
         }
         a = tail;
         a_row = more * DEPTH;
@@ -74,15 +76,22 @@ INLINE void block(const int tall, const int broad, const pair *a, long a_row, lo
     if (broad > 1) _tile_stored(1, c + 16, c_row * 4);
     if (tall > 1) _tile_stored(2, c + 16 * c_row, c_row * 4);
     if (tall > 1 && broad > 1) _tile_stored(3, c + 16 * c_row + 16, c_row * 4);
+    written();
 }
 
+INLINE void nothing(void *task) { (void)task; }
+
 /* The same for up to ROWS rows, whose tiles are shaped, and up to BROAD columns, a multiple of 16. */
-static void any_block(long rows, long columns, const pair *a, long a_row, long steps, const pair *tail, long more, const pair *b, long b_pair,
-                      float *c, long c_row, int add) {
-    if (rows > 16 && columns > 16) block(2, 2, a, a_row, steps, tail, more, b, b_pair, c, c_row, add);
-    else if (rows > 16) block(2, 1, a, a_row, steps, tail, more, b, b_pair, c, c_row, add);
-    else if (columns > 16) block(1, 2, a, a_row, steps, tail, more, b, b_pair, c, c_row, add);
-    else block(1, 1, a, a_row, steps, tail, more, b, b_pair, c, c_row, add);
+INLINE void any_block(long rows, long columns, const pair *a, long a_row, long steps, const pair *tail, long more, const pair *b, long b_pair,
+                      float *c, long c_row, int add, void (*meanwhile)(void *), void *task) {
+    if (rows > 16 && columns > 16) block(2, 2, a, a_row, steps, tail, more, b, b_pair, c, c_row, add, meanwhile, task);
+    else if (rows > 16) block(2, 1, a, a_row, steps, tail, more, b, b_pair, c, c_row, add, meanwhile, task);
+    else if (columns > 16) block(1, 2, a, a_row, steps, tail, more, b, b_pair, c, c_row, add, meanwhile, task);
+    else block(1, 1, a, a_row, steps, tail, more, b, b_pair, c, c_row, add, meanwhile, task);
+}
+
+static void small_block(long rows, long columns, const pair *a, long a_row, long steps, const pair *b, long b_pair, float *c, long c_row, int add) {
+    any_block(rows, columns, a, a_row, steps, NULL, 0, b, b_pair, c, c_row, add, nothing, NULL);
 }
 
 INLINE long least(long one, long other) { return one < other ? one : other; }
@@ -99,11 +108,11 @@ static void product(long rows, long columns, const pair *a, long a_row, const pa
             _mm512_store_si512(tail + row * DEPTH, _mm512_maskz_loadu_epi32(first(rest), a + row * a_row + done));
         for (long j = 0; j < columns; j += BROAD) {
             long broad = least(BROAD, columns - j);
-            if (steps || !rest) any_block(tall, broad, a, a_row, steps, NULL, 0, b + j, b_pair, c + j, c_row, add);
+            if (steps || !rest) small_block(tall, broad, a, a_row, steps, b + j, b_pair, c + j, c_row, add);
             if (!rest) continue;
             memset(behind, 0, sizeof behind);
             for (long k = 0; k < rest; k++) memcpy(behind + k * BROAD, b + (done + k) * b_pair + j, broad * 4);
-            any_block(tall, broad, tail, DEPTH, 1, NULL, 0, behind, BROAD, c + j, c_row, add || steps);
+            small_block(tall, broad, tail, DEPTH, 1, behind, BROAD, c + j, c_row, add || steps);
         }
     }
 }
