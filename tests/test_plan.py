@@ -194,6 +194,17 @@ def test_a_plan_reads_no_weights_and_its_advice_lowers_the_peak(content: dict, m
     )
 
 
+def test_the_more_blocks_are_computed_again_the_less_is_kept(content: dict) -> None:
+    """Of two blocks: both, the first, none."""
+    tunings = {
+        name: {"method": "full", "training": {"gradient_checkpointing": share}}
+        for name, share in (("both", True), ("first", 0.5), ("none", False))
+    }
+    found = plan(make_recipe(content | {"tunings": tunings}))
+    held = [found[name].phases["training"]["activations"] for name in tunings]
+    assert held[0] < held[1] < held[2]
+
+
 @pytest.mark.parametrize(
     "tuning",
     [{"method": "full"}, {"method": "selective", "targets": "last-1-block"}, {"method": "full", "training": {"shard": True, "snapshots": 0}}],

@@ -129,7 +129,11 @@ def _accumulate(
     ledger.part = "gradients"
     with made_early(owned.values() if base.on_cpu else ()):
         for group in groups:
-            with recomputed(base.model) if settings.gradient_checkpointing else nullcontext():
+            with (
+                recomputed(base.model, settings.gradient_checkpointing)
+                if settings.gradient_checkpointing
+                else nullcontext()
+            ):
                 ledger.part = "activations"
                 batch = _batch(base, group)
                 states = target_states(base, batch)

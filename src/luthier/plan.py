@@ -169,7 +169,7 @@ def _shortened(length: int, recipe: Recipe) -> Recipe:
 
 def _cheaper(settings: TrainingSettings, device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {"micro_batch_tokens": max(64, settings.token_budget(device.type) // 4)}
-    if not settings.gradient_checkpointing:
+    if settings.gradient_checkpointing != 1:
         found["gradient_checkpointing"] = True
     if settings.optimizer == "adamw" and not settings.shard:
         found["optimizer"] = "adafactor"

@@ -1,6 +1,7 @@
 """The choices of training: each does what its formula says, and off it changes no bit."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,11 @@ def gradients(base: BaseModel) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("share", [True, 0.5])
 @each_family
-def test_checkpointed_gradients_are_the_same_bits(family: str) -> None:
+def test_checkpointed_gradients_are_the_same_bits(family: str, share: float) -> None:
     base = tuned(family)
-    rows, settings = rows_for(base, 6), TrainingSettings(gradient_checkpointing=True)
+    rows, settings = rows_for(base, 6), TrainingSettings(gradient_checkpointing=share)
     with torch.no_grad():
         for parameter in parameters(base, "t").values():
             parameter.add_(0.05)
@@ -84,13 +86,16 @@ def test_checkpointing_suits_other_methods_or_says_no(family: str, method: Metho
 
 
 def test_checkpointing_runs_each_block_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    base, calls = tuned(), []
-    base.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    base, calls = tuned(), Counter[int]()
+    for place, block in enumerate(base.model.model.layers):
+        block.mlp.register_forward_pre_hook(lambda *_, place=place: calls.update([place]))
     rows = rows_for(base, 3)
-    for chosen, expected in ((TrainingSettings(), 1), (TrainingSettings(gradient_checkpointing=True), 2)):
+    assert base.blocks == 2
+    for share, expected in ((False, [1, 1]), (True, [2, 2]), (0.5, [2, 1]), (0.51, [2, 2]), (0.0, [1, 1])):
         calls.clear()
-        loop._gradients(base, "t", rows, chosen, loop.Progress(micro_batch_tokens=500), lambda event: None)
-        assert len(calls) == expected
+        settings = TrainingSettings(gradient_checkpointing=share)
+        loop._gradients(base, "t", rows, settings, loop.Progress(micro_batch_tokens=500), lambda event: None)
+        assert [calls[place] for place in range(2)] == expected
 
 
 @each_family
@@ -331,6 +336,7 @@ def test_trackers_are_told_every_number(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ("given", "message"),
     [
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
+        ({"gradient_checkpointing": 1.5}, "gradient_checkpointing is 1.5"),
         ({"neftune": -1.0}, "neftune is -1.0"),
         ({"layer_decay": 0.0}, "layer_decay is 0.0"),
         ({"rates": {"x": -1.0}}, "the factor -1.0 of 'x'"),

@@ -1,8 +1,9 @@
 """Gradient checkpointing (Chen et al. 2016, https://arxiv.org/abs/1604.06174): keep a block's input, compute its inside again.
 
-memory of activations: blocks x (input) + one block's inside; time: one more forward pass
+memory of activations: blocks x (input) + one block's inside; time: one more forward pass. Of a share of the blocks: that share of both.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,8 +16,8 @@ from luthier.errors import UserError
 
 
 @contextmanager
-def recomputed(model: nn.Module) -> Iterator[None]:
-    """Within it, each block of the model is computed again in the backward pass instead of kept.
+def recomputed(model: nn.Module, share: float = 1.0) -> Iterator[None]:
+    """Within it, this share of the model's blocks, from the first on, is computed again in the backward pass instead of kept.
 
     Raises UserError for a model whose blocks transformers cannot checkpoint.
     """
@@ -25,6 +26,7 @@ def recomputed(model: nn.Module) -> Iterator[None]:
         raise UserError(
             f"gradient_checkpointing: the blocks of {type(model).__name__} cannot be checkpointed. Set it to false."
         )
+    blocks = blocks[: math.ceil(share * len(blocks))]
     # The same random numbers in both passes: dropout inside a tuning must not differ.
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=True)
     # Some blocks drop out by themselves while they train (F.dropout(x, self.dropout, self.training)).

@@ -172,7 +172,11 @@ def _gradients(
     base.embedding_noise = settings.neftune
     early = parameters(base, name).values() if base.on_cpu and not base.sharded else ()
     try:
-        with recomputed(base.model) if settings.gradient_checkpointing else nullcontext():
+        with (
+            recomputed(base.model, settings.gradient_checkpointing)
+            if settings.gradient_checkpointing
+            else nullcontext()
+        ):
             while True:
                 try:
                     with made_early(early):
@@ -217,7 +221,7 @@ def _advice(name: str, rows: list[Encoded], budget: int, settings: TrainingSetti
     longest = max(rows, key=len)
     steps = [] if settings.halve_out_of_memory else ["halve_out_of_memory: true"]
     steps += [f"micro_batch_tokens below {budget}"] if budget > len(longest) else []
-    steps += [] if settings.gradient_checkpointing else ["gradient_checkpointing: true"]
+    steps += [] if settings.gradient_checkpointing == 1 else ["gradient_checkpointing: true"]
     return (
         f"Training {name!r} ran out of memory with micro-batches of {budget} tokens (the longest row of this step, "
         f"{longest.id}, has {len(longest)}). Set in `training`: {'; '.join(steps) or 'nothing is left there'}; or lower "

@@ -22,7 +22,7 @@ class TrainingSettings:
     is the noise on the embeddings of training rows. Validation runs every `validate_every` steps (None: each
     epoch); `early_stopping` ends training after that many validations without a better `watch` (loss, accuracy, or one
     of the metrics, for which answers are generated); the best weights are kept. `gradient_checkpointing` computes each
-    block again instead of keeping its inside; `halve_out_of_memory` halves `micro_batch_tokens` where a step does not fit. `frozen_cache` keeps on disk what the blocks below a
+    block, or a share of them from the first on, again instead of keeping its inside; `halve_out_of_memory` halves `micro_batch_tokens` where a step does not fit. `frozen_cache` keeps on disk what the blocks below a
     tuning (or an untouched encoder) make of the training rows, and trains from there.
     `shard` divides weights, gradients and optimizer over the processes that were started, instead of the rows alone.
     `snapshots` keeps the weights at that many even places before the end and scores each: the forgetting at one score.
@@ -51,7 +51,7 @@ class TrainingSettings:
     validate_every: int | None = None
     early_stopping: int | None = None
     watch: str = "loss"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | float = False
     halve_out_of_memory: bool = False
     frozen_cache: bool = False
     shard: bool = False
@@ -76,6 +76,10 @@ class TrainingSettings:
         for key in ("clip", "layer_decay", "lora_plus"):
             if getattr(self, key) is not None and getattr(self, key) <= 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be above 0")
+        if not 0 <= self.gradient_checkpointing <= 1:
+            raise ValueError(
+                f"gradient_checkpointing is {self.gradient_checkpointing}; it is true, false or a share of the blocks, from 0 to 1"
+            )
         for pattern, factor in self.rates.items():
             if factor < 0:
                 raise ValueError(f"the factor {factor} of {pattern!r} must not be negative")
