@@ -205,6 +205,18 @@ def _jobs() -> str:
     return "\n".join(lines)
 
 
+def _settings(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} must be an object")
+    if unknown := set(found) - OWN:
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is none of {', '.join(sorted(OWN))}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_jobs(), formatter_class=argparse.RawDescriptionHelpFormatter
@@ -225,7 +237,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--training",
-        type=json.loads,
+        type=_settings,
         action="append",
         metavar="JSON",
         help="settings of Luthier's training that say what it holds: '{\"micro_batch_tokens\": 512}', "
@@ -243,11 +255,6 @@ def main() -> None:
         if getattr(given, key) < 1:
             parser.error(f"--{key} is {getattr(given, key)}; it must be at least 1")
     given.training = given.training or [{}]
-    for one in given.training:
-        if not isinstance(one, dict):
-            parser.error(f"--training is {json.dumps(one)}; it must be an object")
-        if unknown := set(one) - OWN:
-            parser.error(f"--training: {', '.join(sorted(unknown))} is none of {', '.join(sorted(OWN))}")
     known = set(SIDES) - {"luthier", "profile"}
     if unknown := set(filter(None, (given.peers or "").split(","))) - known:
         parser.error(f"--peers: {', '.join(sorted(unknown))} is none of {', '.join(sorted(known))}")

@@ -97,3 +97,22 @@ def test_sides_are_measured_in_turn_and_the_best_way_counts(monkeypatch: pytest.
     assert [one["ours"] for one in results] == [905.0, 905.0, 906.0, 906.0]
     bench.given.best_only, bench.given.repeats = True, 1
     assert [one["peer"] for one in bench.compare()] == ["trainer batch 2 grouped"] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("nonsense", "'nonsense' is no JSON"),
+        ("[1]", "'[1]' must be an object"),
+        ('{"epochs": 3}', "epochs is none of gradient_checkpointing, micro_batch_tokens"),
+    ],
+)
+def test_settings_that_are_none_are_refused(
+    given: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import train
+
+    monkeypatch.setattr("sys.argv", ["train.py", "--training", given])
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
+    assert said in capsys.readouterr().err
