@@ -88,6 +88,15 @@ def test_a_shared_setting_on_the_command_line_reaches_every_tuning(tmp_path: Pat
         ("tunings.zero_shot.rank=2", r"unknown key 'tunings\.zero_shot\.rank'"),
         ("tunings.lora.method=lorra", r"unknown method 'lorra'\. Did you mean 'lora'"),
         ("tunings.x={}", r"unknown method 'x'"),
+        (
+            "training.gradient_checkpointing=maybe",
+            r"'training.gradient_checkpointing': input should be a valid boolean, unable to interpret input or input should "
+            r"be a valid number, unable to parse string as a number \(given: 'maybe'\)",
+        ),
+        ("training.gradient_checkpointing=-0.1", r"gradient_checkpointing is -0.1; it is true, false or a share"),
+        ("training.gradient_checkpointing=.nan", r"gradient_checkpointing is nan"),
+        ("base.chat=perhaps", r"'base.chat': input should be"),
+        ("training.bool=1", r"unknown key 'training.bool'"),
         ("tunings.lora.rank=0", r"'tunings\.lora\.rank'|rank is 0; it must be at least 1"),
         ("tunings.lora.rank=eight", r"'tunings\.lora\.rank': .*valid integer.*'eight'"),
         ("training.learning_rate=-1", r"learning_rate is -1"),

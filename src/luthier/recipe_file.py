@@ -1,5 +1,6 @@
 """Recipes as they are written: read from YAML, changed by --set, their mistakes told as the user wrote them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields
@@ -20,6 +21,10 @@ from luthier.recipe import Recipe
 from luthier.shorthand import expand
 from luthier.training.settings import TrainingSettings
 from luthier.tuning import METHODS
+
+# What pydantic puts behind the path of a value that may be of several types, for each of them; and its names for keys that are none.
+TYPE = re.compile(r"bool|int|float|str|(list|dict|literal)\[.*\]")
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
@@ -104,15 +109,33 @@ def _nested(given: Any, shared: dict[str, Any]) -> Any:
 
 def _apart(error: ValidationError) -> list[Any]:
     """The mistakes, each once: a wrong shared training setting is also wrong in every tuning."""
-    found = [(one, _place(one["loc"])) for one in error.errors()]
+    found = [(one, _place(one["loc"])) for one in _by_input(error)]
     shared = {tuple(place) for _, place in found if place[:1] == ["training"]}
     return [one for one, place in found if place[:1] != ["tunings"] or tuple(place[2:]) not in shared]
+
+
+def _by_input(error: ValidationError) -> list[Any]:
+    """The mistakes, of a value that is of none of the types allowed one: pydantic tells one for each type."""
+    found: dict[Any, Any] = {}
+    for number, one in enumerate(error.errors()):
+        *path, last = one["loc"] or ("",)
+        if one["type"] in UNKNOWN or one["type"] == "missing" or not TYPE.fullmatch(str(last)):
+            found[number] = one
+            continue
+        before = found.get(key := tuple(path))
+        said = f"{before['msg']} or {_lower(one['msg'])}" if before else one["msg"]
+        found[key] = {**one, "loc": key, "msg": said}
+    return list(found.values())
+
+
+def _lower(message: str) -> str:
+    return message[0].lower() + message[1:]
 
 
 def _explain(error: Any) -> str:
     place = _place(error["loc"])
     key = ".".join(place) or "(top level)"
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if error["type"] in UNKNOWN:
         return f"unknown key '{key}'. {nearest(place[-1], _allowed(place[:-1], error['loc']))}"
     if error["type"] == "missing":
         return f"'{key}' is missing."
@@ -124,7 +147,7 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if isinstance(error["input"], (dict, list)):
         return f"'{key}': {message}" if place else message
-    return f"'{key}': {message[0].lower()}{message[1:]} (given: {error['input']!r})."
+    return f"'{key}': {_lower(message)} (given: {error['input']!r})."
 
 
 def _place(loc: Sequence[Any]) -> list[str]:

@@ -203,9 +203,10 @@ def test_checkpointed_by_kernels_it_gives_the_same_bits(family: str, name: str, 
     """In bfloat16, where a gradient takes the place of what it is made of."""
     base = prepared(family, METHODS_HERE[name], torch.bfloat16)
     plain = run(base)
-    with recomputed(base.model):
-        again = run(base)
-    assert plain.keys() == again.keys() and all(torch.equal(again[key], one) for key, one in plain.items())
+    for share in (1.0, 0.5):
+        with recomputed(base.model, share):
+            again = run(base)
+        assert plain.keys() == again.keys() and all(torch.equal(again[key], one) for key, one in plain.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -279,13 +280,14 @@ def test_checkpointed_a_second_pass_makes_nothing_as_large_as_the_inside_of_an_m
     assert 0 < max(ledger.sizes) < tokens * base.config.intermediate_size * base.dtype.itemsize
 
 
-def test_checkpointed_losses_may_go_back_in_any_order(passes) -> None:
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_checkpointed_losses_may_go_back_in_any_order(share: float, passes) -> None:
     base = prepared("llama", METHODS_HERE["lora"])
     owned = list(parameters(base, "t").values())
     rows = rows_for(base), rows_for(base, count=3, seed=1)
     loss = lambda some: loss_sum(base, collate(some, None, True))  # noqa: E731
     plain = [torch.autograd.grad(loss(some), owned) for some in rows]
-    with recomputed(base.model):
+    with recomputed(base.model, share):
         first, second = map(loss, rows)
         both = torch.autograd.grad(second, owned), torch.autograd.grad(first, owned)
         together = torch.autograd.grad(loss(rows[0]) + loss(rows[1]), owned)

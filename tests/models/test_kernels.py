@@ -88,10 +88,12 @@ def test_a_product_is_the_formula(rows, inner, columns, rank, turned, bias, add)
 @built
 @pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize("inner", [2048, 2050, 6000])
-def test_a_deep_product_is_summed_in_parts(inner: int, turned: bool) -> None:
-    """As the others; numbers are rounded once, at the end."""
-    x, out, offset, thin = numbers(45, inner), numbers(45, 70, seed=1), numbers(70), (numbers(45, 4), numbers(4, 70))
-    weight = numbers(70, inner).T if turned else numbers(inner, 70)
+@pytest.mark.parametrize("columns", [70, 700])
+def test_a_deep_product_is_summed_in_parts(columns: int, inner: int, turned: bool) -> None:
+    """As the others; numbers are rounded once, at the end. 700 columns are several groups of panels."""
+    x, out = numbers(45, inner), numbers(45, columns, seed=1)
+    offset, thin = numbers(columns), (numbers(45, 4), numbers(4, columns))
+    weight = numbers(columns, inner).T if turned else numbers(inner, columns)
     exact = x.double() @ weight.double() + out.double() + offset.double() + thin[0].double() @ thin[1].double()
     matmul.product(x, weight, out, offset, thin, add=True)
     assert error(out, exact) <= 1
@@ -407,6 +409,10 @@ def test_no_rows_are_no_numbers() -> None:
     assert matmul.narrow(numbers(0, 6), numbers(3, 6)).shape == (0, 3)
     assert torch.equal(matmul.outer(numbers(0, 3), numbers(0, 6)), torch.zeros(3, 6))
     assert norm_forward(numbers(0, 6), numbers(6), 1e-5, Scratch())[0].shape == (0, 6)
+    wide, bias = torch.full((3, 150), 7.0).bfloat16(), numbers(150)
+    matmul.product(numbers(3, 0), numbers(0, 150), wide, bias)
+    assert torch.equal(wide, bias.expand(3, 150))
+    assert torch.equal(matmul.gradient(numbers(0, 7), numbers(0, 150)), torch.zeros(7, 150).bfloat16())
     assert torch.equal(matmul.by_column(numbers(0, 5), numbers(0, 5)), torch.zeros(5))
 
 

@@ -1,6 +1,7 @@
 """Gradient checkpointing (Chen et al. 2016, https://arxiv.org/abs/1604.06174): keep a block's input, compute its inside again.
 
-memory of activations: blocks x (input) + one block's inside; time: one more forward pass. Of a share of the blocks: that share of both.
+memory of activations: blocks x (input) + one block's inside; time: one more forward pass. Of a share of the blocks: these blocks' inputs, the others' insides
+and one more; that share of the time.
 """
 
 import math

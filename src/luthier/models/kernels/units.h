@@ -40,8 +40,8 @@ static void shape_for(long rows) {
 }
 
 /* C (tiles: tall x broad) = or += A B, `steps` tiles of A deep, and then `more` of `tail` (rows, more * DEPTH), which B goes on for. A's rows and B's are
- * a_row and b_pair words apart. Between the steps `meanwhile(task)` is called, for work that the units do not do. A stays in the first cache, where B, which is
- * read once a block, would take its place: B is loaded past it. */
+ * a_row and b_pair words apart. After each step `meanwhile(task)` is called, for work that the units do not do. Where A fits (32 rows of 768 numbers), it stays in
+ * the first cache, where B, of which each block of a large product reads another part, would take its place: B is loaded past it. Small products lose nothing by that. */
 INLINE void block(const int tall, const int broad, const pair *a, long a_row, long steps, const pair *tail, long more, const pair *b,
                   long b_pair, float *c, long c_row, int add, void (*meanwhile)(void *), void *task) {
     written();
@@ -90,6 +90,7 @@ INLINE void any_block(long rows, long columns, const pair *a, long a_row, long s
     else block(1, 1, a, a_row, steps, tail, more, b, b_pair, c, c_row, add, meanwhile, task);
 }
 
+/* With nothing to do meanwhile. */
 static void small_block(long rows, long columns, const pair *a, long a_row, long steps, const pair *b, long b_pair, float *c, long c_row, int add) {
     any_block(rows, columns, a, a_row, steps, NULL, 0, b, b_pair, c, c_row, add, nothing, NULL);
 }
