@@ -24,9 +24,11 @@ from luthier.models.loss import label_scores, loss_sum
 from luthier.models.quantize import QuantizedLinear
 from luthier.models.stored import Stored
 from luthier.phases import PACKING, READING, _DryOptimizer, loading
-from luthier.plan import plan
+from luthier.plan import _cheaper, plan
 from luthier.recipe_file import make_recipe
+from luthier.training.loop import _advice
 from luthier.training.optimizer import Kind, Optimizer, master_bytes, state_bytes
+from luthier.training.settings import TrainingSettings
 from luthier.tuning import METHODS, Full, LoRA, Method, PrefixTuning, attach, parameters
 from luthier.work import Work
 from tests import tiny
@@ -203,6 +205,13 @@ def test_the_more_blocks_are_computed_again_the_less_is_kept(content: dict) -> N
     found = plan(make_recipe(content | {"tunings": tunings}))
     held = [found[name].phases["training"]["activations"] for name in tunings]
     assert held[0] < held[1] < held[2]
+
+
+@pytest.mark.parametrize(("share", "more"), [(False, True), (0.5, True), (True, False)])
+def test_all_blocks_are_advised_where_some_are_kept(share: float, more: bool) -> None:
+    settings, row = TrainingSettings(gradient_checkpointing=share), rows_for(tiny.make("llama"), 1)
+    assert ("gradient_checkpointing: true" in _advice("t", row, 2048, settings)) is more
+    assert ("gradient_checkpointing" in _cheaper(settings, torch.device("cpu"))) is more
 
 
 @pytest.mark.parametrize(

@@ -829,21 +829,8 @@ def test_how_answers_are_written_can_be_told_on_the_command_line(monkeypatch: py
 
     assert told() == Decoding(beams=4, length_penalty=2.0)
     assert told("--beams", "3", "--length-penalty", "0.5") == Decoding(beams=3, length_penalty=0.5)
-    drawn = (
-        "--beams",
-        "1",
-        "--length-penalty",
-        "1",
-        "--temperature",
-        "0.7",
-        "--top-k",
-        "5",
-        "--top-p",
-        "0.9",
-        "--seed",
-        "7",
-    )
-    assert told(*drawn) == Decoding(1, 1.0, 0.7, 5, 0.9, 7)
+    drawn = "--beams 1 --length-penalty 1 --temperature 0.7 --top-k 5 --top-p 0.9 --seed 7"
+    assert told(*drawn.split()) == Decoding(1, 1.0, 0.7, 5, 0.9, 7)
     with pytest.raises(UserError, match="set beams above 1"):
         told("--beams", "1")
 

@@ -129,11 +129,7 @@ def _accumulate(
     ledger.part = "gradients"
     with made_early(owned.values() if base.on_cpu else ()):
         for group in groups:
-            with (
-                recomputed(base.model, settings.gradient_checkpointing)
-                if settings.gradient_checkpointing
-                else nullcontext()
-            ):
+            with recomputed(base.model, settings.gradient_checkpointing):
                 ledger.part = "activations"
                 batch = _batch(base, group)
                 states = target_states(base, batch)

@@ -18,12 +18,12 @@ from luthier.errors import UserError
 
 @contextmanager
 def recomputed(model: nn.Module, share: float = 1.0) -> Iterator[None]:
-    """Within it, this share of the model's blocks, from the first on, is computed again in the backward pass instead of kept.
+    """Within it, this share of the model's blocks, from the first on, is computed again in the backward pass instead of kept; of 0, none.
 
     Raises UserError for a model whose blocks transformers cannot checkpoint.
     """
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not blocks:
+    if share and not blocks:
         raise UserError(
             f"gradient_checkpointing: the blocks of {type(model).__name__} cannot be checkpointed. Set it to false."
         )

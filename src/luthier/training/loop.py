@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,11 +171,7 @@ def _gradients(
     base.embedding_noise = settings.neftune
     early = parameters(base, name).values() if base.on_cpu and not base.sharded else ()
     try:
-        with (
-            recomputed(base.model, settings.gradient_checkpointing)
-            if settings.gradient_checkpointing
-            else nullcontext()
-        ):
+        with recomputed(base.model, settings.gradient_checkpointing):
             while True:
                 try:
                     with made_early(early):

@@ -93,13 +93,13 @@ static void run_rows(long rows, const passage *p, const right_side *w) {
         if (behind) memcpy(tail + i * more * DEPTH + rest, p->low + i * w->r, behind * 4);
     }
     shape_for(rows);
-    long times = steps + more; /* that the units leave time to write some of the block before */
-    unwritten last = {w, NULL, p->y, 0, 0, 0, times ? (rows + times - 1) / times : rows};
+    long times = steps + more + 1; /* that some of the block before is written: after each step, and once after all */
+    unwritten last = {w, NULL, p->y, 0, 0, 0, (rows + times - 1) / times};
     for (long j = 0, odd = 0; j < p->columns; j += PANEL, odd = !odd) {
         float *sums = p->is_first && p->is_last ? (float *)p->aside + odd * ROWS * PANEL : p->sums + j * ROWS;
         any_block(rows, rounded(least(p->columns - j, PANEL), LANES), p->x, p->x_row, steps, tail, more, p->panel + j * p->words, PANEL, sums, PANEL,
                   !p->is_first, write_some, &last);
-        write_some(&last); /* where nothing is summed, there was no such time */
+        write_some(&last);
         last.sums = sums;
         last.column = p->column + j;
         last.next = 0;
