@@ -90,7 +90,7 @@ def test_a_shared_setting_on_the_command_line_reaches_every_tuning(tmp_path: Pat
         ("tunings.x={}", r"unknown method 'x'"),
         (
             "training.gradient_checkpointing=maybe",
-            r"'training.gradient_checkpointing': input should be a valid boolean, unable to interpret input or input should "
+            r"'training.gradient_checkpointing': input should be a valid boolean, unable to interpret input, or input should "
             r"be a valid number, unable to parse string as a number \(given: 'maybe'\)",
         ),
         ("training.gradient_checkpointing=-0.1", r"gradient_checkpointing is -0.1; it is true, false or a share"),

@@ -123,7 +123,7 @@ def _by_input(error: ValidationError) -> list[Any]:
             found[number] = one
             continue
         before = found.get(key := tuple(path))
-        said = f"{before['msg']} or {_lower(one['msg'])}" if before else one["msg"]
+        said = f"{before['msg']}, or {_lower(one['msg'])}" if before else one["msg"]
         found[key] = {**one, "loc": key, "msg": said}
     return list(found.values())
 
