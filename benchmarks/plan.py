@@ -1,9 +1,12 @@
 """The plan against the real thing: what `luthier plan` counts before, and the peak of a fresh process that did it.
 
     python benchmarks/plan.py [--only PATTERN] [--json FILE]
+    python benchmarks/plan.py --recipe RECIPE [--json FILE]
 
 Each row is one stage of `luthier run`, in a process of its own: it loads the base, trains two steps and validates. What is
 compared is its peak without what was there after the imports. Bases are the default one and random weights of real widths.
+With --recipe the stages are those of a recipe, run whole, and a tuning that is trained has a row more: what it holds at its most
+from then on, while it answers and is scored.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
@@ -131,6 +135,40 @@ def recipe_of(name: str, folder: Path) -> Any:
     })  # fmt: skip
 
 
+def compare_all(file: Path, folder: Path) -> Iterator[dict[str, Any]]:
+    """Every tuning of a recipe, run whole: until it is trained, or where nothing is, in all; and from then on."""
+    from luthier.directory import RunDirectory
+    from luthier.plan import plan
+    from luthier.recipe_file import load_recipe
+
+    recipe = load_recipe(file)
+    directory = RunDirectory.create(folder / "run", recipe, resume=False)
+    for name, planned in plan(recipe, available=sys.maxsize).items():
+        stage_process(directory.path, name, "--whole")
+        result = directory.result(name) or {}
+        imported = result["memory_after_import_bytes"]
+        phases = [(planned.measured_phase(), result["peak_memory_bytes"])]
+        if "training" in planned.phases and (later := directory.result(f"{name}.later")):
+            phases.append(("answering", later["peak_memory_bytes"]))
+        for phase, peak in phases:
+            if phase in planned.phases:
+                yield compared(name, phase, sum(planned.phases[phase].values()), peak - imported)
+
+
+def compared(name: str, phase: str, predicted: int, measured: int) -> dict[str, Any]:
+    return {
+        "name": name,
+        "phase": phase,
+        "predicted": predicted,
+        "measured": measured,
+        "error": predicted / measured - 1,
+    }
+
+
+def stage_process(run: Path, name: str, *options: str) -> None:
+    subprocess.run([sys.executable, __file__, "--stage", str(run), name, *options], check=True, stdout=-3, stderr=-3)
+
+
 def compare(name: str, folder: Path) -> dict[str, Any]:
     """Plan one configuration, run it, and return both in bytes."""
     from luthier.directory import RunDirectory
@@ -140,25 +178,37 @@ def compare(name: str, folder: Path) -> dict[str, Any]:
     planned = plan(recipe, available=sys.maxsize)["t"]
     directory = RunDirectory.create(Path(tempfile.mkdtemp(dir=folder)) / "run", recipe, resume=False)
     for stage in recipe.tunings:
-        subprocess.run(
-            [sys.executable, __file__, "--stage", str(directory.path), stage], check=True, stdout=-3, stderr=-3
-        )
+        stage_process(directory.path, stage)
     result = directory.result("t") or {}
     measured = result["peak_memory_bytes"] - result["memory_after_import_bytes"]
     predicted = sum(planned.phases[phase := planned.measured_phase()].values())
-    found = {"name": name, "phase": phase, "predicted": predicted, "measured": measured}
-    return found | {"error": predicted / measured - 1, "plan": asdict(planned)}
+    return compared(name, phase, predicted, measured) | {"plan": asdict(planned)}
 
 
-def run_in_this_process(path: str, name: str) -> None:
-    """The stage until what it trained is saved, where its peak is written; what is asked of the tuning later is left out."""
+def run_in_this_process(path: str, name: str, whole: bool) -> None:
+    """The stage until what it trained is saved, where its peak is written; what is asked of the tuning later is left out.
+
+    `whole`: that too, and its peak counted anew from there on, which Linux does for who writes 5 to `clear_refs`.
+    """
     from luthier.directory import RunDirectory
     from luthier.errors import Interrupted
-    from luthier.models.memory import resident_bytes
+    from luthier.models.memory import peak_bytes, resident_bytes
     from luthier.stage import run_stage
 
     after_import = resident_bytes()
     directory = RunDirectory.open(Path(path))
+    if whole:
+        counted: list[bool] = []
+
+        def count_anew() -> bool:
+            if not counted and directory.result(f"{name}.trained") is not None:
+                Path("/proc/self/clear_refs").write_text("5")
+                counted.append(True)
+            return False
+
+        run_stage(directory, name, should_stop=count_anew)
+        directory.save_result(f"{name}.later", {"peak_memory_bytes": peak_bytes()})
+        return
     try:
         run_stage(directory, name, should_stop=lambda: directory.result(f"{name}.trained") is not None)
     except Interrupted:
@@ -169,11 +219,13 @@ def run_in_this_process(path: str, name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="names that match this pattern")
+    parser.add_argument("--recipe", type=Path, metavar="RECIPE", help="the tunings of this recipe in their place")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found, the plans with it")
     parser.add_argument("--stage", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.stage:
-        run_in_this_process(*given.stage)
+        run_in_this_process(*given.stage, whole=given.whole)
         return
     chosen = [name for name in CONFIGURATIONS if fnmatch(name, given.only)]
     if not chosen:
@@ -181,10 +233,11 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     print(f"{'configuration':34} {'phase':10} {'planned MB':>10} {'measured MB':>11} {'error %':>8}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for name in chosen:
-            found.append(one := compare(name, Path(folder)))
+        each = (compare(name, Path(folder)) for name in chosen)
+        for one in compare_all(given.recipe, Path(folder)) if given.recipe else each:
+            found.append(one)
             sizes = f"{one['predicted'] / 1e6:10.0f} {one['measured'] / 1e6:11.0f}"
-            print(f"{name:34} {one['phase']:10} {sizes} {100 * one['error']:+8.1f}", flush=True)
+            print(f"{one['name']:34} {one['phase']:10} {sizes} {100 * one['error']:+8.1f}", flush=True)
             if given.json:
                 given.json.write_text(json.dumps(found, indent=1))
     errors = sorted(abs(one["error"]) for one in found if one["name"] != FITTED)

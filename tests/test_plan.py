@@ -17,7 +17,6 @@ from luthier.held_out import DRAWS_APART
 from luthier.models import loss
 from luthier.models.base import BaseModel
 from luthier.models.dry_run import dry_run
-from luthier.models.heap import Heap
 from luthier.models.kernels.library import library
 from luthier.models.ledger import Ledger
 from luthier.models.loss import label_scores, loss_sum
@@ -132,24 +131,13 @@ def test_beams_multiply_the_cache_and_a_text_metric_is_watched_with_the_optimize
     assert beams["validation answers"]["optimizer states"] == beams["training"]["optimizer states"] > 0
 
 
-def test_a_freed_block_no_longer_fits_its_size_where_small_objects_settle_beside_it() -> None:
-    heap = Heap()
-    places = [heap.take(1_000_000) for _ in range(8)]
-    first = heap.most
-    for place in places[::2]:
-        heap.free(place, 1_000_000)
-    small = [heap.take(64) for _ in range(200)]
-    again = [heap.take(1_000_000) for _ in range(4)]
-    assert first < 8_100_000 and heap.most > 9_000_000
-    for size, those in ((64, small), (1_000_000, [*again, *places[1::2]])):
-        for place in those:
-            heap.free(place, size)
-    before = heap.most
-    mapped = heap.take(64 << 20)  # by itself, and given back at once
-    assert heap.most == before + (64 << 20)
-    heap.free(mapped, 64 << 20)
-    heap.restart()
-    assert heap.most == before
+def test_answers_after_a_training_are_planned_without_what_the_training_held(content: dict) -> None:
+    found = plan(make_recipe({**content, "training": {**content["training"], "micro_batch_tokens": 4096}}))
+    held = {name: sum(one.phases["answering"].values()) for name, one in found.items()}
+    trained = sum(found["full"].phases["training"].values())
+    weights = {name: one.phases["answering"]["weights"] for name, one in found.items()}
+    assert held["full"] - weights["full"] == pytest.approx(held["zero_shot"] - weights["zero_shot"], rel=0.05)
+    assert held["full"] < trained
 
 
 @pytest.fixture(scope="module")

@@ -209,6 +209,8 @@ def _once(recipe: Recipe, name: str, work: Work | None = None) -> tuple[TuningPl
             phase = "validation answers" if watched else "answering"
             if not watched:
                 states.clear()
+                if work.largest:
+                    ledger.give_back()
             beams = recipe.decoding.beams
             counted[phase] = phases.answering(base, owned, work.prompts, work.new_tokens, beams, ledger)
     found = {phase: {part: parts[part] for part in PARTS} for phase, parts in counted.items()}

@@ -18,6 +18,7 @@ import torch
 from luthier.directory import RunDirectory
 from luthier.errors import Interrupted, MemoryRanOut, UserError
 from luthier.launched import WORD, Failure, Launched, launched
+from luthier.models.allocator import give_back_freed_memory
 from luthier.models.base import BaseModel
 from luthier.models.kernels.calls import kernels_for, why_none
 from luthier.models.load import resolve_device
@@ -155,6 +156,7 @@ def _tuning(stage: Stage, name: str, method: Method) -> dict[str, Any]:
         directory.save_log(name, done.history)
         peak = peak_bytes()
         kept = validate(stage, validation, reserve) if validation else None
+        give_back_freed_memory()  # what comes now needs less
         trained = {
             "method": method.method,
             "trainable_parameters": sum(parameter.numel() for parameter in parameters(base, name).values()),

@@ -1,9 +1,9 @@
 """Heap: the memory that glibc's malloc holds for a run of tensors, by its own rules (https://sourceware.org/glibc/wiki/MallocInternals).
 
-    resident = highest end of the heap so far + blocks mapped now
+    resident = highest end of the heap so far - pages given back and not used again + blocks mapped now
 
 A request takes the smallest free chunk that fits it and leaves the rest free; free neighbours become one; what fits nowhere
-lengthens the heap, which is not given back while it runs (`allocator.py`). Larger blocks are mapped one by one.
+lengthens the heap, which is given back only where that is asked for (`allocator.py`). Larger blocks are mapped one by one.
 
 PyTorch asks for numbers at multiples of 64 bytes. Glibc then takes 96 bytes more and frees what it cut off at both ends, and the
 objects that belong to a tensor settle there. The place of a freed tensor so no longer fits one of the same size: a third of
@@ -11,6 +11,7 @@ the heap of a training step can be such holes.
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 
 from luthier.models.allocator import LARGEST_KEPT
 
@@ -28,17 +29,30 @@ class Heap:
     """What is free, and the most that was resident (bytes)."""
 
     def __init__(self, mapped_from: int = LARGEST_KEPT) -> None:
-        self.most = self._highest = self._mapped = 0
+        self.most = self._highest = self._mapped = self._away = 0
         self._end = ALIGNMENT - HEADER
         self._mapped_from = mapped_from
         self._by_size: list[tuple[int, int]] = []  # (size, start) of the free chunks
         self._size_at: dict[int, int] = {}  # start -> size of the free chunks
         self._start_of: dict[int, int] = {}  # end -> start of the free chunks
         self._apart: dict[int, list[int]] = {}  # size -> starts of the small ones
+        self._absent: list[tuple[int, int]] = []  # (start, end) of the pages given back, in order, `_away` bytes in all
+
+    @property
+    def resident(self) -> int:
+        """Bytes in memory now."""
+        return self._highest - self._away + self._mapped
 
     def restart(self) -> None:
         """Count the most from here on."""
-        self.most = self._highest + self._mapped
+        self.most = self.resident
+
+    def give_back(self) -> None:
+        """Give the whole pages of free chunks back, as `give_back_freed_memory` does."""
+        self._highest = self._end
+        pages = ((-(-start // PAGE) * PAGE, (start + size) // PAGE * PAGE) for start, size in self._size_at.items())
+        self._absent = sorted((first, last) for first, last in pages if first < last)
+        self._away = _bytes(self._absent)
 
     def take(self, size: int) -> Place:
         """Where a tensor of so many bytes and its records are put."""
@@ -47,7 +61,7 @@ class Heap:
             place: Place = ()
         else:
             place = (*(self._fit(_chunk(one)) for one in RECORDS), self._aligned(_chunk(size)))
-        self.most = max(self.most, self._highest + self._mapped)
+        self.most = max(self.most, self.resident)
         return place
 
     def free(self, place: Place, size: int) -> None:
@@ -80,9 +94,21 @@ class Heap:
         size, start = self._by_size[place]
         self._remove(start)
         if size - need < LEAST:
-            return start, size
-        self._add(start + need, size - need)
+            need = size
+        else:
+            self._add(start + need, size - need)
+        self._use(start, start + need)
         return start, need
+
+    def _use(self, start: int, end: int) -> None:
+        """Pages between these places are in memory again."""
+        first = bisect_left(self._absent, start, key=lambda one: one[1])
+        last = bisect_left(self._absent, end, key=lambda one: one[0])
+        cut = self._absent[first:last]
+        if cut:
+            sides = (cut[0][0], start // PAGE * PAGE), (-(-end // PAGE) * PAGE, cut[-1][1])
+            self._absent[first:last] = left = [side for side in sides if side[0] < side[1]]
+            self._away -= _bytes(cut) - _bytes(left)
 
     def _release(self, start: int, size: int) -> None:
         if size <= APART_TO and len(apart := self._apart.setdefault(size, [])) < APART:
@@ -112,3 +138,7 @@ class Heap:
 
 def _chunk(size: int) -> int:
     return max(LEAST, -(-(size + HEADER // 2) // HEADER) * HEADER)
+
+
+def _bytes(spans: Sequence[tuple[int, int]]) -> int:
+    return sum(end - start for start, end in spans)
