@@ -82,6 +82,7 @@ def write_adapter(folder: Path, dtype: str, model: str) -> None:
 
 def ours(prompts: list[list[int]], stops: list[int], new_tokens: int, adapter: Path, dtype: str, model: str) -> Any:
     from luthier.models.base import BaseModel
+    from luthier.models.decoding import Decoding
     from luthier.models.generate import generate
     from luthier.models.load import BaseSpec
     from luthier.tuning.files import load_tuning
@@ -89,7 +90,7 @@ def ours(prompts: list[list[int]], stops: list[int], new_tokens: int, adapter: P
     base = BaseModel.load(BaseSpec(model=model, dtype=dtype))  # type: ignore[arg-type]
     load_tuning(base, adapter, "lora")
     base.use("lora")
-    return lambda: generate(base, prompts, new_tokens, stops, batch_rows=BATCH)
+    return lambda: generate(base, prompts, new_tokens, stops, decoding=Decoding(batch_size=BATCH))
 
 
 def theirs(

@@ -131,6 +131,16 @@ def test_beams_multiply_the_cache_and_a_text_metric_is_watched_with_the_optimize
     assert beams["validation answers"]["optimizer states"] == beams["training"]["optimizer states"] > 0
 
 
+def test_answers_that_do_not_fit_are_written_fewer_at_a_time(content: dict) -> None:
+    task = {**content["task"], "test": 16, "max_new_tokens": 500}
+    recipe = {**content, "task": task, "max_length": 1024, "tunings": {"zero_shot": {}}}
+    found = plan(make_recipe(recipe), available=1)["zero_shot"]
+    assert found.phase == "answering" and found.choices[0].change == "decoding.batch_size=4"
+    fewer = plan(make_recipe(recipe, [found.choices[0].change]))["zero_shot"]
+    assert fewer.peak_bytes == found.choices[0].peak_bytes < found.peak_bytes
+    assert fewer.phases["answering"]["caches"] == pytest.approx(found.phases["answering"]["caches"] / 4, rel=0.2)
+
+
 def test_answers_after_a_training_are_planned_without_what_the_training_held(content: dict) -> None:
     found = plan(make_recipe({**content, "training": {**content["training"], "micro_batch_tokens": 4096}}))
     held = {name: sum(one.phases["answering"].values()) for name, one in found.items()}

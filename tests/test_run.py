@@ -29,7 +29,6 @@ from luthier.errors import UserError
 from luthier.job import run
 from luthier.metrics import METRICS, metric, reading
 from luthier.models.decoding import Decoding
-from luthier.models.generate import batches_by_length
 from luthier.recipe_file import load_recipe, make_recipe
 from luthier.recipe_schema import recipe_schema
 from luthier.report.schema import report_schema
@@ -736,10 +735,7 @@ def test_scoring_that_was_killed_goes_on_where_it_stopped(
 ) -> None:
     content["tunings"] = {"zero_shot": {}, "lora": {"rank": 2}}
     content["task"]["test"] = 12
-    content["decoding"] = {"temperature": 1.5, "seed": 7}
-    monkeypatch.setattr(
-        "luthier.evaluation.score.batches_by_length", lambda prompts, device: batches_by_length(prompts, 4)
-    )
+    content["decoding"] = {"temperature": 1.5, "seed": 7, "batch_size": 4}
     run(make_recipe(content), tmp_path / "whole", isolate=False)
     asked: list[list[int]] = []
     real = luthier.evaluation.score.generate
@@ -829,8 +825,8 @@ def test_how_answers_are_written_can_be_told_on_the_command_line(monkeypatch: py
 
     assert told() == Decoding(beams=4, length_penalty=2.0)
     assert told("--beams", "3", "--length-penalty", "0.5") == Decoding(beams=3, length_penalty=0.5)
-    drawn = "--beams 1 --length-penalty 1 --temperature 0.7 --top-k 5 --top-p 0.9 --seed 7"
-    assert told(*drawn.split()) == Decoding(1, 1.0, 0.7, 5, 0.9, 7)
+    drawn = "--beams 1 --length-penalty 1 --temperature 0.7 --top-k 5 --top-p 0.9 --seed 7 --batch-size 3"
+    assert told(*drawn.split()) == Decoding(1, 1.0, 0.7, 5, 0.9, 7, 3)
     with pytest.raises(UserError, match="set beams above 1"):
         told("--beams", "1")
 
@@ -850,6 +846,7 @@ def test_the_surface_is_frozen() -> None:
         "audit": ["as_json", "recipe", "set_"],
         "plan": ["as_json", "memory", "recipe", "set_"],
         "generate": [
+            "batch_size",
             "beams",
             "file",
             "length_penalty",

@@ -177,24 +177,34 @@ def choosing(base: BaseModel, owned: Owned, rows: Sequence[Question], ledger: Le
 
 @torch.no_grad()
 def answering(
-    base: BaseModel, owned: Owned, prompts: Sequence[Sequence[int]], new_tokens: int, beams: int, ledger: Ledger
+    base: BaseModel,
+    owned: Owned,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    beams: int,
+    ledger: Ledger,
+    trained: bool,
 ) -> Counter[str]:
-    """The prompts of one batch, what they leave in the cache, and one step for every beam."""
+    """The prompts of one batch, what they leave in the cache, and one step for every beam.
+
+    In the holes that a training left each block finds others: behind one all blocks are run.
+    """
     rows = [list(prompt) for prompt in prompts]
+    some: Callable[[BaseModel], AbstractContextManager[None]] = (lambda _: nullcontext()) if trained else _few
     with ledger:
         _hold_weights(base, owned, ledger)
         ledger.restart()
         if base.packs:
-            with _parts(base, ledger), _few(base):
+            with _parts(base, ledger), some(base):
                 states, cache = prefill(base, rows, new_tokens, beams)
                 ledger.hold([one for rooms in cache.rooms.values() for one in rooms], "caches")
                 base.logits(states)
             cache.keep([place for place in range(len(rows)) for _ in range(beams)])
-            with _parts(base, ledger), _few(base):
+            with _parts(base, ledger), some(base):
                 states = decode_step(base, cache, torch.zeros(len(rows) * beams, dtype=torch.long, device=base.device))
                 base.logits(states).float().log_softmax(-1)
             return _seen(base, ledger)
-        with _parts(base, ledger), _few(base):
+        with _parts(base, ledger), some(base):
             _read_prompts(base, rows)
     found = _seen(base, ledger)
     found["caches"] = beams * _cache_bytes(base, rows, new_tokens)

@@ -102,7 +102,7 @@ def _plan(recipe: Recipe, name: str, room: int) -> TuningPlan:
     if first.peak_bytes <= room:
         return replace(first, available_bytes=room, fits=True)
     choices, helped = [], []
-    for change in _changes(recipe, name):
+    for change in _changes(recipe, name, work):
         if (peak := _peak(recipe, name, [change], work)) is not None and peak < WORTH * first.peak_bytes:
             choices.append(Choice(change.said, peak))
             helped.append(change)
@@ -132,7 +132,7 @@ class _Change:
     keeps_method: bool = True
 
 
-def _changes(recipe: Recipe, name: str) -> list[_Change]:
+def _changes(recipe: Recipe, name: str, work: Work) -> list[_Change]:
     """Settings that may lower the peak, those that change the result least first."""
     tuning = recipe.tunings[name]
 
@@ -144,6 +144,10 @@ def _changes(recipe: Recipe, name: str) -> list[_Change]:
         return changed(recipe, training=replace(recipe.tunings[name].training, **{key: value}))
 
     found: list[_Change] = []
+    if together := len(work.prompts) // 4:
+        fewer = replace(recipe.decoding, batch_size=together)
+        said = f"decoding.batch_size={together}"
+        found.append(_Change(said, lambda recipe: recipe.model_copy(update={"decoding": fewer}), of_rows=True))
     if isinstance(tuning.method, Method):
         for key, value in _cheaper(tuning.training, resolve_device(recipe.base.device)).items():
             said = f"training.{key}={str(value).lower()}"
@@ -211,8 +215,8 @@ def _once(recipe: Recipe, name: str, work: Work | None = None) -> tuple[TuningPl
                 states.clear()
                 if work.largest:
                     ledger.give_back()
-            beams = recipe.decoding.beams
-            counted[phase] = phases.answering(base, owned, work.prompts, work.new_tokens, beams, ledger)
+            asked = work.prompts, work.new_tokens, recipe.decoding.beams
+            counted[phase] = phases.answering(base, owned, *asked, ledger, trained=bool(work.largest))
     found = {phase: {part: parts[part] for part in PARTS} for phase, parts in counted.items()}
     peaks = {phase: sum(parts.values()) for phase, parts in found.items()}
     phase = max(peaks, key=lambda one: peaks[one])

@@ -69,7 +69,9 @@ class Recipe(BaseModel):
     )
     training: TrainingSettings = Field(TrainingSettings(), description="Training settings of every tuning.")
     retention: list[Task] = Field([], description="Tasks scored before and after, to see what a tuning forgets.")
-    decoding: Decoding = Field(Decoding(), description="How answers are written: greedy, drawn or searched with beams.")
+    decoding: Decoding = Field(
+        Decoding(), description="How answers are written: greedy, drawn or searched with beams; how many together."
+    )
     max_length: int = Field(1024, ge=16, description="Longest row in tokens; longer prompts lose their middle.")
     allow: list[str] = Field([], description="Kinds of audit errors to go on with, as warnings.")
     seed: int = Field(0, ge=0, description="Seed of splits, shots, order and new weights.")

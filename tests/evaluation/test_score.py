@@ -15,7 +15,7 @@ from luthier.evaluation import score
 from luthier.evaluation.score import answer, loss_and_accuracy, losses, measure
 from luthier.models.base import BaseModel
 from luthier.models.decoding import Decoding
-from luthier.models.generate import batches_by_length, generate
+from luthier.models.generate import generate
 from luthier.tuning import LoRA, attach, low_rank
 
 FAMILIES = ("llama", "gpt2", "opt", "t5")
@@ -119,12 +119,9 @@ def test_answers_keep_the_order_given(family: str) -> None:
 def test_answers_that_were_known_are_not_computed_again(
     family: str, choices: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "luthier.evaluation.score.batches_by_length", lambda prompts, device: batches_by_length(prompts, 4)
-    )
     monkeypatch.setattr("luthier.evaluation.score.EVALUATION_TOKENS", 60)
     base, rows = tiny.make(family), examples(11, choices)
-    encoder, warm = encoder_of(base), Decoding(temperature=1.5)
+    encoder, warm = encoder_of(base), Decoding(temperature=1.5, batch_size=4)
     expected = answer(base, encoder, rows, 4, decoding=warm)
 
     class Killed(Exception):
@@ -174,9 +171,7 @@ def test_a_tunings_tensors_are_derived_once_for_all_batches(choices: bool, monke
     derived: list[object] = []
     by_column = low_rank._by_column
     monkeypatch.setattr(low_rank, "_by_column", lambda *given: (derived.append(given), by_column(*given))[1])
-    one_by_one = lambda prompts, *_, **__: [[place] for place in range(len(prompts))]  # noqa: E731
-    monkeypatch.setattr(score, "batches_by_length", one_by_one)
     monkeypatch.setattr(score, "EVALUATION_TOKENS", 1)
     kept: list[dict[int, str]] = []
-    answer(base, encoder_of(base), examples(3, choices), 2, keep=kept.append)
+    answer(base, encoder_of(base), examples(3, choices), 2, keep=kept.append, decoding=Decoding(batch_size=1))
     assert len(kept) == 3 and len(derived) == 14

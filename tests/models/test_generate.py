@@ -1,6 +1,7 @@
 """Decoding writes the tokens transformers' own generate writes, row by row; draws are those of the written-out rule."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ def test_an_accelerator_decodes_more_short_prompts_together() -> None:
     for device, sizes in {"cpu": [32] * 9 + [14], "cuda": [32, 88, 116, 66]}.items():
         batches = batches_by_length(prompts, device=device)
         assert [len(batch) for batch in batches] == sizes
+        assert {len(batch) for batch in batches_by_length(prompts, 7, device)} == {7, len(prompts) % 7}
         order = [place for batch in batches for place in batch]
         assert [len(prompts[place]) for place in order] == sorted(map(len, prompts), reverse=True)
 
@@ -58,7 +60,7 @@ def test_batched_greedy_equals_transformers_generate(family: str) -> None:
     stop = free[len(free) // 2] if free else 2  # a token that does occur, so that rows end early
     expected = [own(plain, prompt, 12, stop) for prompt in prompts]
     finished: list[int] = []
-    found = generate(base, prompts, 12, [stop], batch_rows=3, on_finished=lambda i, _: finished.append(i))
+    found = generate(base, prompts, 12, [stop], lambda i, _: finished.append(i), Decoding(batch_size=3))
     assert found == expected
     assert sorted(finished) == list(range(len(prompts)))
     assert {len(row) for row in found} != {12}
@@ -109,7 +111,7 @@ def test_tuned_generation_is_slow_generation_row_by_row(family: str) -> None:
             for parameter in parameters(base, name).values():
                 parameter.add_(torch.randn_like(parameter) * 0.3)
         base.use(name)
-        together = generate(base, prompts, 8, [2], batch_rows=3)
+        together = generate(base, prompts, 8, [2], decoding=Decoding(batch_size=3))
         assert together == [slow(base, prompt, 8, 2) for prompt in prompts], name
         assert together != bare or family in tiny.ABSOLUTE, "the tuning has no effect"
     base.use(None)
@@ -156,7 +158,7 @@ def test_beams_are_those_of_transformers(family: str, beams: int, penalty: float
     stop = free[len(free) // 2] if free else 2
     options = {"num_beams": beams, "length_penalty": penalty}
     expected = [own(plain, prompt, 10, stop, **options) for prompt in prompts]
-    assert generate(base, prompts, 10, [stop], batch_rows=3, decoding=Decoding(beams, penalty)) == expected
+    assert generate(base, prompts, 10, [stop], decoding=Decoding(beams, penalty, batch_size=3)) == expected
     assert expected != generate(base, prompts, 10, [stop]), "a search that finds what greed finds shows nothing"
 
 
@@ -168,6 +170,7 @@ def test_beams_are_those_of_transformers(family: str, beams: int, penalty: float
         ({"temperature": -1.0}, "not be negative"),
         ({"top_k": 3}, "set temperature above 0"),
         ({"top_p": 0.0}, "above 0 and at most 1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"beams": 2, "temperature": 1.0}, "exclude each other"),
     ],
 )
@@ -182,7 +185,7 @@ def test_draws_follow_from_the_seed_and_the_rows_place(family: str) -> None:
     prompts = prompts_for(base.embedding.weight.shape[0], 5)
     warm = Decoding(temperature=1.5, seed=3)
     found = generate(base, prompts, 8, [2], decoding=warm)
-    assert generate(base, prompts, 8, [2], batch_rows=2, decoding=warm) == found, "batches change nothing"
+    assert generate(base, prompts, 8, [2], decoding=replace(warm, batch_size=2)) == found, "batches change nothing"
     assert generate(base, prompts[3:], 8, [2], decoding=warm, places=[3, 4]) == found[3:]
     assert generate(base, prompts, 8, [2], decoding=Decoding(temperature=1.5, seed=4)) != found
     assert (
@@ -201,7 +204,7 @@ def test_draws_have_the_models_probabilities() -> None:
         state = target_states(base, collate([Encoded("row", prompt, [0])], None).to(base.device))
         logits = base.logits(state[-1:])
     expected = narrowed(logits / 2.0, 5, 1.0)[0].cpu()
-    drawn = generate(base, [prompt] * 600, 1, [], batch_rows=300, decoding=Decoding(temperature=2.0, top_k=5))
+    drawn = generate(base, [prompt] * 600, 1, [], decoding=Decoding(temperature=2.0, top_k=5, batch_size=300))
     counts = torch.bincount(torch.tensor([one[0] for one in drawn]), minlength=len(expected)) / 600
     assert int((expected > 0).sum()) == 5 and float(counts[expected == 0].sum()) == 0.0
     assert float((counts - expected).abs().max()) < 4 * (0.25 / 600) ** 0.5
@@ -253,7 +256,7 @@ def test_what_is_derived_once_is_there_before_the_first_pass(name: str, monkeypa
     base.use("t")
     run, made = generating.run_packed, []
     monkeypatch.setattr(generating, "run_packed", lambda *given: (made.append(dict(_derived.get())), run(*given))[1])
-    generate(base, [[5, 6, 7, 8], [9, 10, 11], [3, 4]], 3, [], batch_rows=2)
+    generate(base, [[5, 6, 7, 8], [9, 10, 11], [3, 4]], 3, [], decoding=Decoding(batch_size=2))
     assert len(made) == 6 and all(each.keys() == made[0].keys() for each in made)
     assert len(made[0]) == 14
     assert all(each[key] is value for each in made for key, value in made[0].items())

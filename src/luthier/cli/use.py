@@ -35,6 +35,9 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Draw among so many tokens; 0: all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw among the tokens that reach this probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of what is drawn.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Answer so many lines together; fewer take less memory.")
+    ] = None,
 ) -> None:
     """Use it: answer texts with a saved tuning."""
     from luthier.files import write_whole
@@ -45,7 +48,7 @@ def generate(
     texts: list[str | dict[str, Any]] = [text] if text is not None else _lines(file or Path())
     session = Session(run)
     asked: dict[str, Any] = {"beams": beams, "length_penalty": length_penalty, "temperature": temperature}
-    asked |= {"top_k": top_k, "top_p": top_p, "seed": seed}
+    asked |= {"top_k": top_k, "top_p": top_p, "seed": seed, "batch_size": batch_size}
     try:
         decoding = replace(session.recipe.decoding, **{key: value for key, value in asked.items() if value is not None})
     except ValueError as error:

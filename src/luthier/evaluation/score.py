@@ -86,7 +86,7 @@ def answer(
     if choices:
         batches = by_size(base, encoder, examples, prompts)
     else:
-        batches = batches_by_length(prompts, device=base.device.type)
+        batches = batches_by_length(prompts, decoding.batch_size, base.device.type)
 
     def answers(own: Sequence[list[int]]) -> list[list[str]]:
         every = sum(map(len, own))

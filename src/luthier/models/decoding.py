@@ -15,7 +15,7 @@ class Decoding:
     `temperature` above 0 draws each token, among the `top_k` most probable (0: all) and among the most probable that
     together reach `top_p` (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751); a text's draws follow from `seed` and its place
     among the texts, whatever the batches. `beams` above 1 keeps that many partial answers; a finished one is worth its
-    log-probability divided by length ** `length_penalty`.
+    log-probability divided by length ** `length_penalty`. `batch_size` rows are answered together; None: what suits the device.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -26,8 +26,11 @@ class Decoding:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
         if self.beams < 1:
             raise ValueError(f"beams is {self.beams}; it must be at least 1")
         if self.temperature < 0:

@@ -26,16 +26,16 @@ NO_TOKEN = 2**31 - 1  # for an empty list transformers would put its own default
 
 
 def batches_by_length(
-    prompts: Sequence[Sequence[int]], batch_rows: int | None = None, device: str = "cpu"
+    prompts: Sequence[Sequence[int]], batch_size: int | None = None, device: str = "cpu"
 ) -> list[list[int]]:
-    """Which prompts are decoded together, `batch_rows` or what suits the device: neighbours in length, the longest first."""
+    """Which prompts are decoded together, `batch_size` or what suits the device: neighbours in length, the longest first."""
     batches: list[list[int]] = []
     room = 0
     for place in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         if not room:
             batches.append([])
             fits = 0 if device == "cpu" else ACCELERATOR_TOKENS // max(1, len(prompts[place]))
-            room = batch_rows or max(BATCH_ROWS, min(MOST_ROWS, fits))
+            room = batch_size or max(BATCH_ROWS, min(MOST_ROWS, fits))
         batches[-1].append(place)
         room -= 1
     return batches
@@ -47,7 +47,6 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     stop: Sequence[int],
-    batch_rows: int | None = None,
     on_finished: Callable[[int, list[int]], None] | None = None,
     decoding: Decoding = GREEDY,
     places: Sequence[int] | None = None,
@@ -63,7 +62,7 @@ def generate(
     with standing_still():
         if not base.sharded:  # divided weights are whole in their blocks' passes alone
             base.grafts.derive(base.dtype)
-        for rows in batches_by_length(prompts, batch_rows, base.device.type):
+        for rows in batches_by_length(prompts, decoding.batch_size, base.device.type):
             chunk = [list(prompts[i]) for i in rows]
             decode = _decode_padded
             if base.packs:
