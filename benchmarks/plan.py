@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 SMOLLM2 = "smollm2-135m-instruct"
+COUNTS_ANEW = Path("/proc/self/clear_refs")  # the process's peak, once 5 is written there
 NF4, BF16 = {"quantize": "nf4"}, {"dtype": "bfloat16"}
 CHECKPOINTING = {"gradient_checkpointing": True}
 LONG = {"max_length": 512, "words": 330}
@@ -147,22 +148,16 @@ def compare_all(file: Path, folder: Path) -> Iterator[dict[str, Any]]:
         stage_process(directory.path, name, "--whole")
         result = directory.result(name) or {}
         imported = result["memory_after_import_bytes"]
-        phases = [(planned.measured_phase(), result["peak_memory_bytes"])]
-        if "training" in planned.phases and (later := directory.result(f"{name}.later")):
-            phases.append(("answering", later["peak_memory_bytes"]))
-        for phase, peak in phases:
-            if phase in planned.phases:
-                yield compared(name, phase, sum(planned.phases[phase].values()), peak - imported)
+        yield compared(name, planned.measured_phase(), planned, result["peak_memory_bytes"] - imported)
+        if {"training", "answering"} <= planned.phases.keys():
+            later = directory.result(f"{name}.later") or {}
+            yield compared(name, "answering", planned, later["peak_memory_bytes"] - imported)
 
 
-def compared(name: str, phase: str, predicted: int, measured: int) -> dict[str, Any]:
-    return {
-        "name": name,
-        "phase": phase,
-        "predicted": predicted,
-        "measured": measured,
-        "error": predicted / measured - 1,
-    }
+def compared(name: str, phase: str, planned: Any, measured: int) -> dict[str, Any]:
+    predicted = sum(planned.phases[phase].values())
+    found = {"name": name, "phase": phase, "predicted": predicted, "measured": measured}
+    return found | {"error": predicted / measured - 1, "plan": asdict(planned)}
 
 
 def stage_process(run: Path, name: str, *options: str) -> None:
@@ -181,14 +176,13 @@ def compare(name: str, folder: Path) -> dict[str, Any]:
         stage_process(directory.path, stage)
     result = directory.result("t") or {}
     measured = result["peak_memory_bytes"] - result["memory_after_import_bytes"]
-    predicted = sum(planned.phases[phase := planned.measured_phase()].values())
-    return compared(name, phase, predicted, measured) | {"plan": asdict(planned)}
+    return compared(name, planned.measured_phase(), planned, measured)
 
 
 def run_in_this_process(path: str, name: str, whole: bool) -> None:
     """The stage until what it trained is saved, where its peak is written; what is asked of the tuning later is left out.
 
-    `whole`: that too, and its peak counted anew from there on, which Linux does for who writes 5 to `clear_refs`.
+    `whole`: that too, and its peak counted anew from there on.
     """
     from luthier.directory import RunDirectory
     from luthier.errors import Interrupted
@@ -202,7 +196,7 @@ def run_in_this_process(path: str, name: str, whole: bool) -> None:
 
         def count_anew() -> bool:
             if not counted and directory.result(f"{name}.trained") is not None:
-                Path("/proc/self/clear_refs").write_text("5")
+                COUNTS_ANEW.write_text("5")
                 counted.append(True)
             return False
 
@@ -227,6 +221,8 @@ def main() -> None:
     if given.stage:
         run_in_this_process(*given.stage, whole=given.whole)
         return
+    if given.recipe and not COUNTS_ANEW.exists():
+        parser.error("--recipe counts a process's peak anew, which Linux alone does")
     chosen = [name for name in CONFIGURATIONS if fnmatch(name, given.only)]
     if not chosen:
         parser.error(f"--only {given.only!r} matches none of: {', '.join(CONFIGURATIONS)}")

@@ -831,6 +831,20 @@ def test_how_answers_are_written_can_be_told_on_the_command_line(monkeypatch: py
         told("--beams", "1")
 
 
+def test_memory_goes_back_once_a_tuning_is_trained_and_before_it_answers(
+    content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["tunings"] = {"zero_shot": {}, "lora": {"rank": 2}}
+    said: list[tuple[str, bool]] = []
+    result = tmp_path / "run" / "results" / "lora.trained.json"
+    for name in ("give_back_freed_memory", "score_tasks"):
+        real = getattr(luthier.stage, name)
+        told = lambda *given, name=name, real=real: (said.append((name, result.exists())), real(*given))[1]  # noqa: E731
+        monkeypatch.setattr(luthier.stage, name, told)
+    run(make_recipe(content), tmp_path / "run", isolate=False)
+    assert said == [("give_back_freed_memory", False), ("score_tasks", True)]
+
+
 def test_the_surface_is_frozen() -> None:
     """Commands and their options are a promise: changing one is a decision, not an accident."""
     import typer

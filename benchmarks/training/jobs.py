@@ -17,7 +17,6 @@ T5_SMALL = {
 }  # fmt: skip
 T5_FIRST_WORD, T5_END = 3, 1
 
-FIRST_PROMPT = "Read the following text carefully, then answer briefly and exactly as in the examples seen before:"
 # Their own start is noise; this one changes nothing at first, as ours.
 FROM_NOTHING = {"init_weights": "mam_adapter"}
 ADAPTERS = (
@@ -51,9 +50,9 @@ JOBS: dict[str, Job] = {
         note="the base in nf4 with double quantization by bitsandbytes, on every side",
     ),
     "prompt_tuning": Job(
-        {"method": "prompt_tuning", "length": 20, "init": "text", "init_text": FIRST_PROMPT}, 2e-2, ("trainer",),
-        ("PromptTuningConfig", {"num_virtual_tokens": 20, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": FIRST_PROMPT}),
-        note="both sides start from the embeddings of one text; PEFT's default is a random one",
+        {"method": "prompt_tuning", "length": 20}, 2e-2, ("trainer",),
+        ("PromptTuningConfig", {"num_virtual_tokens": 20, "prompt_tuning_init": "TEXT"}),
+        note="both sides start from the embeddings of Luthier's text; PEFT's default is a random one",
     ),
     "ia3": Job(
         {"method": "ia3"}, 1e-2, ("trainer",),

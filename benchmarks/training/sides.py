@@ -251,8 +251,10 @@ def peer_model(work: Work, dtype: str) -> Any:
     if work.job.peft is None:
         return model
     name, settings = work.job.peft
-    if "prompt_tuning_init_text" in settings:
-        settings = settings | {"tokenizer_name_or_path": str(work.model)}
+    if "prompt_tuning_init" in settings:
+        from luthier.tuning.prompt_tuning import INIT_TEXT
+
+        settings = settings | {"prompt_tuning_init_text": INIT_TEXT, "tokenizer_name_or_path": str(work.model)}
     return peft.get_peft_model(
         model, getattr(peft, name)(task_type="SEQ_2_SEQ_LM" if work.job.t5 else "CAUSAL_LM", **settings)
     )

@@ -183,14 +183,16 @@ def answering(
     new_tokens: int,
     beams: int,
     ledger: Ledger,
-    trained: bool,
+    given_back: bool,
 ) -> Counter[str]:
     """The prompts of one batch, what they leave in the cache, and one step for every beam.
 
-    In the holes that a training left each block finds others: behind one all blocks are run.
+    `given_back`: what a training held went back before. Each block then finds other holes to fill, so that all are run.
     """
     rows = [list(prompt) for prompt in prompts]
-    some: Callable[[BaseModel], AbstractContextManager[None]] = (lambda _: nullcontext()) if trained else _few
+    some: Callable[[BaseModel], AbstractContextManager[None]] = (lambda _: nullcontext()) if given_back else _few
+    if given_back and ledger.heap:
+        ledger.heap.give_back()
     with ledger:
         _hold_weights(base, owned, ledger)
         ledger.restart()

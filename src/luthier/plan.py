@@ -213,10 +213,9 @@ def _once(recipe: Recipe, name: str, work: Work | None = None) -> tuple[TuningPl
             phase = "validation answers" if watched else "answering"
             if not watched:
                 states.clear()
-                if work.largest:
-                    ledger.give_back()
             asked = work.prompts, work.new_tokens, recipe.decoding.beams
-            counted[phase] = phases.answering(base, owned, *asked, ledger, trained=bool(work.largest))
+            given_back = bool(work.largest) and not watched
+            counted[phase] = phases.answering(base, owned, *asked, ledger, given_back)
     found = {phase: {part: parts[part] for part in PARTS} for phase, parts in counted.items()}
     peaks = {phase: sum(parts.values()) for phase, parts in found.items()}
     phase = max(peaks, key=lambda one: peaks[one])

@@ -58,9 +58,8 @@ class Work:
         groups = micro_batches(encode_all(encoder, held, reserve), EVALUATION_TOKENS, padded=base.pads)
         prompts, new_tokens = _prompts(tasks, encoder, reserve)
         if prompts:
-            together = batches_by_length(prompts, recipe.decoding.batch_size, resolve_device(recipe.base.device).type)[
-                0
-            ]
+            device = resolve_device(recipe.base.device).type
+            together = batches_by_length(prompts, recipe.decoding.batch_size, device)[0]
             prompts = [prompts[place] for place in together]
         return cls(
             steps[0] if steps else [], steps[1:], tokens, said, max(groups, key=_size, default=[]),

@@ -36,7 +36,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Draw among the tokens that reach this probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of what is drawn.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Answer so many lines together; fewer take less memory.")
+        int | None, typer.Option(min=1, help="Answer so many lines together; fewer take less memory.")
     ] = None,
 ) -> None:
     """Use it: answer texts with a saved tuning."""

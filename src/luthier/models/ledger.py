@@ -76,11 +76,6 @@ class Ledger(TorchDispatchMode):
         if self.heap:
             self.heap.restart()
 
-    def give_back(self) -> None:
-        """Free memory goes back to the system, as at the end of a training."""
-        if self.heap:
-            self.heap.give_back()
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _QUESTIONS and args[0].is_meta:
